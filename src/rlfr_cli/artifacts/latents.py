@@ -1,0 +1,225 @@
+"""Latents on disk: ragged and packed, in safetensors shards of a stage folder.
+
+Legend: ``N`` kept tokens of a shard, ``J`` tapped layers, ``D`` hidden size, ``S`` sequences.
+A shard holds ``latents`` [N, J, D], ``token_ids`` [N], ``sequence_offsets`` [S + 1] and ``sequence_ids`` [S],
+the row of each sequence in the source that the manifest names. A sequence is some of the last prompt tokens,
+as many as the manifest's ``num_prompt_tokens``, then all response tokens. Layers stand in the order of
+``layer_indices``; context layers, such as the final normed state, follow them. The shard's metadata names the
+responses: ``responses`` [S] of (problem_id, sample_index).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlfr_cli.artifacts.fingerprint import ModelFingerprint
+from rlfr_cli.artifacts.reading import ArtifactFolder
+from rlfr_cli.artifacts.shards import open_tensors, read_metadata
+from rlfr_cli.errors import ArtifactError
+
+LATENT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsInfo:
+    """What the manifest says of latents.
+
+    Attributes:
+        layer_indices: tapped decoder blocks, in the order of the layer axis.
+        context_layers: names of further states after them on the layer axis, that only serve as conditions.
+        num_blocks: decoder blocks of the model.
+        hidden_size: D.
+        num_prompt_tokens: prompt tokens kept before each response.
+        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        model: fingerprint of the model that made them.
+        source: fingerprint of the responses that it read.
+    """
+
+    layer_indices: tuple[int, ...]
+    context_layers: tuple[str, ...] = ()
+    num_blocks: int
+    hidden_size: int
+    num_prompt_tokens: int
+    dtype: str
+    model: ModelFingerprint
+    source: str
+
+    @property
+    def num_layers(self) -> int:
+        """Length of the layer axis."""
+        return len(self.layer_indices) + len(self.context_layers)
+
+    def to_extra(self) -> dict[str, Any]:
+        """The facts as the manifest holds them."""
+        return asdict(self)
+
+    @classmethod
+    def from_extra(cls, extra: Mapping[str, Any]) -> LatentsInfo:
+        """The inverse of :meth:`to_extra`; other facts are left alone.
+
+        Raises:
+            ArtifactError: a fact is missing.
+        """
+        try:
+            values = {field.name: extra[field.name] for field in fields(cls)}
+        except KeyError as error:
+            raise ArtifactError(f"the manifest of the latents lacks {error}") from None
+        values["layer_indices"] = tuple(values["layer_indices"])
+        values["context_layers"] = tuple(values["context_layers"])
+        values["model"] = ModelFingerprint.from_dict(values["model"])
+        return cls(**values)
+
+
+def latents_bytes(num_tokens: int, num_layers: int, hidden_size: int, dtype: str | torch.dtype) -> int:
+    """Bytes that latents take on disk, token ids included."""
+    itemsize = (LATENT_DTYPES[dtype] if isinstance(dtype, str) else dtype).itemsize
+    return num_tokens * (num_layers * hidden_size * itemsize + torch.int32.itemsize)
+
+
+def latents_shard(
+    latents_NJD: Tensor, token_ids_N: Tensor, sequence_offsets: Tensor, sequence_ids: Tensor
+) -> dict[str, Tensor]:
+    """The tensors of a shard, checked, in the types that the format fixes.
+
+    Args:
+        latents_NJD: [N, J, D], bfloat16, float16 or float32.
+        token_ids_N: [N].
+        sequence_offsets: [S + 1]; sequence i is the tokens offsets[i] to offsets[i + 1] − 1.
+        sequence_ids: [S].
+    """
+    num_tokens = len(token_ids_N)
+    assert latents_NJD.ndim == 3, latents_NJD.shape
+    assert len(latents_NJD) == num_tokens, (latents_NJD.shape, num_tokens)
+    assert latents_NJD.dtype in LATENT_DTYPES.values(), latents_NJD.dtype
+    assert len(sequence_offsets) == len(sequence_ids) + 1, (len(sequence_offsets), len(sequence_ids))
+    assert sequence_offsets[[0, -1]].tolist() == [0, num_tokens], sequence_offsets
+    assert bool((sequence_offsets.diff() >= 0).all()), sequence_offsets
+    return {
+        "latents": latents_NJD,
+        "token_ids": token_ids_N.to(torch.int32),
+        "sequence_offsets": sequence_offsets.to(torch.int64),
+        "sequence_ids": sequence_ids.to(torch.int64),
+    }
+
+
+@dataclass(frozen=True)
+class LatentsShard:
+    """Some sequences of a shard: latents [N, J, D], token ids [N], offsets [S + 1] from 0, ids [S]."""
+
+    latents_NJD: Tensor
+    token_ids_N: Tensor
+    sequence_offsets: Tensor
+    sequence_ids: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequence_ids)
+
+    def sequence(self, index: int) -> tuple[Tensor, Tensor]:
+        """Latents [tokens, J, D] and token ids [tokens] of one sequence, as views."""
+        begin, end = self.sequence_offsets[index : index + 2].tolist()
+        return self.latents_NJD[begin:end], self.token_ids_N[begin:end]
+
+
+class LatentsFolder:
+    """Latents, open for reading shard by shard or some sequences at a time.
+
+    Attributes:
+        folder: the artifact.
+        info: what the manifest says.
+        num_shards: shards.
+        num_sequences: sequences of all shards.
+
+    Raises:
+        ArtifactError: the folder holds no latents, or they are cut, altered or unfinished.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = ArtifactFolder(path, "latents")
+        self.path = self.folder.path
+        self.info = LatentsInfo.from_extra(self.folder.extra)
+        self.num_shards = len(self.folder.shards)
+        self.num_sequences = self.folder.num_rows
+        self._tokens_by_shard = [self._check_shape(index) for index in range(self.num_shards)]
+
+    def _check_shape(self, index: int) -> int:
+        path = self.folder.tensor_shard(index, verify=False)
+        with open_tensors(path) as tensors:
+            shape = tensors.get_slice("latents").get_shape()
+        if shape[1:] != [self.info.num_layers, self.info.hidden_size]:
+            raise ArtifactError(
+                f"{path} holds latents of shape {shape}, and the manifest speaks of {self.info.num_layers} "
+                f"layers of hidden size {self.info.hidden_size}"
+            )
+        return shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self._tokens_by_shard)
+
+    @property
+    def fingerprint(self) -> str:
+        return self.folder.fingerprint
+
+    def read_offsets(self, index: int) -> tuple[Tensor, Tensor]:
+        """``sequence_offsets`` [S + 1] and ``sequence_ids`` [S] of a shard, without its latents."""
+        with open_tensors(self.folder.tensor_shard(index, verify=False)) as tensors:
+            return tensors.get_tensor("sequence_offsets"), tensors.get_tensor("sequence_ids")
+
+    def read_names(self, index: int) -> list[tuple[str, int]]:
+        """(problem_id, sample_index) of the responses of a shard's sequences.
+
+        Raises:
+            ArtifactError: the shard does not name them.
+        """
+        path = self.folder.tensor_shard(index, verify=False)
+        with open_tensors(path) as tensors:
+            names = (read_metadata(tensors.metadata()) or {}).get("responses")
+        if names is None or len(names) != self.folder.shards[index].rows:
+            raise ArtifactError(f"{path} does not name the responses of its sequences")
+        return [(str(problem_id), int(sample_index)) for problem_id, sample_index in names]
+
+    def read_response_tokens(self, index: int) -> list[list[int]]:
+        """Token ids of the responses of a shard, without the prompt tokens kept before them."""
+        with open_tensors(self.folder.tensor_shard(index, verify=False)) as tensors:
+            token_ids = tensors.get_tensor("token_ids").tolist()
+            offsets = tensors.get_tensor("sequence_offsets").tolist()
+        num_prompt = self.info.num_prompt_tokens
+        return [token_ids[begin + num_prompt : end] for begin, end in pairwise(offsets)]
+
+    def read_shard(self, index: int, *, verify: bool = True) -> LatentsShard:
+        """A whole shard; its digest is checked the first time, unless told not to."""
+        with open_tensors(self.folder.tensor_shard(index, verify=verify)) as tensors:
+            return LatentsShard(
+                *(
+                    tensors.get_tensor(name)
+                    for name in ("latents", "token_ids", "sequence_offsets", "sequence_ids")
+                )
+            )
+
+    def read_sequences(self, index: int, start: int, stop: int, *, verify: bool = True) -> LatentsShard:
+        """Sequences ``start`` to ``stop`` − 1 of a shard, reading no others' latents from the disk.
+
+        A shard that was not read before is read once to check its digest, unless ``verify`` is false.
+        """
+        with open_tensors(self.folder.tensor_shard(index, verify=verify)) as tensors:
+            offsets = tensors.get_slice("sequence_offsets")[start : stop + 1]
+            begin, end = int(offsets[0]), int(offsets[-1])
+            return LatentsShard(
+                tensors.get_slice("latents")[begin:end],
+                tensors.get_slice("token_ids")[begin:end],
+                offsets - begin,
+                tensors.get_slice("sequence_ids")[start:stop],
+            )
+
+    def iter_shards(self, *, verify: bool = True) -> Iterator[LatentsShard]:
+        """All shards in order, one in memory at a time."""
+        for index in range(self.num_shards):
+            yield self.read_shard(index, verify=verify)

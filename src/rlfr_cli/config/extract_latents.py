@@ -1,0 +1,102 @@
+"""Options of `rlfr extract-latents`: a policy reads responses, and the outputs of some blocks are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from rlfr_cli.config.common import CommonConfig, PromptConfig, check_part
+from rlfr_cli.config.fields import group, option
+from rlfr_cli.errors import ConfigError
+
+DEFAULT_LAYER_FRACTIONS = (0.25, 0.5, 0.75)
+
+
+class StoreDtype(StrEnum):
+    """What latents are stored in."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractLatentsConfig(CommonConfig):
+    """`layer_fraction` is empty where `layer_index` is given."""
+
+    model: str = option(help="The policy: a Hugging Face model folder or name.", short="-m", path=True)
+    out: Path = option(Path("latents"), help="Folder for the latents.", short="-o", path=True)
+
+    rollouts: Path | None = option(
+        None, help="Rollouts of `rlfr sample` or of a training run.", panel="Responses", path=True
+    )
+    data: str | None = option(
+        None,
+        help="Expert responses: a .jsonl, .json, .csv, .parquet or .arrow file, or a dataset.",
+        panel="Responses",
+        path=True,
+    )
+    split: str | None = option(None, help="Split of a dataset that is given by name.", panel="Responses")
+    problem_column: str = option("problem", help="Column with the problem's text.", panel="Responses")
+    response_column: str = option("solution", help="Column with the response's text.", panel="Responses")
+    messages_column: str | None = option(
+        None,
+        help="Column with a conversation, read in place of the problem and response columns.",
+        panel="Responses",
+    )
+    id_column: str | None = option(
+        None, help="Column that names a problem; its row number by default.", panel="Responses"
+    )
+    limit: int | None = option(
+        None, help="Take only the first N problems.", panel="Responses", minimum=1, metavar="N"
+    )
+    max_tokens: int | None = option(
+        None, help="Take only the first N tokens of a response.", panel="Responses", minimum=1, metavar="N"
+    )
+    prompt: PromptConfig = group(PromptConfig)
+
+    layer_fraction: tuple[float, ...] = option(
+        DEFAULT_LAYER_FRACTIONS,
+        help="Keep the output of the block at this fraction of the depth; may be repeated.",
+        panel="Latents",
+        minimum=0,
+        maximum=1,
+    )
+    layer_index: tuple[int, ...] = option(
+        (),
+        help="Keep the output of this block, in place of --layer-fraction; may be repeated.",
+        panel="Latents",
+        minimum=0,
+    )
+    max_shift: int = option(
+        1,
+        help="Largest context shift that a flow may use; as many prompt tokens are kept.",
+        panel="Latents",
+        minimum=1,
+    )
+    store: StoreDtype = option(StoreDtype.BFLOAT16, help="What latents are stored in.", panel="Latents")
+
+    tokens_per_batch: int = option(
+        16384, help="Most tokens, padding included, of one forward pass.", minimum=1
+    )
+    problems_per_shard: int = option(64, help="Problems in one unit of work, which is one shard.", minimum=1)
+    part: str | None = option(
+        None, help="Do only this share of the work, such as 3/16.", metavar="I/N", path=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_part(self.part)
+        if (self.rollouts is None) == (self.data is None):
+            seen = "neither" if self.rollouts is None else "both"
+            raise ConfigError(
+                f"exactly one of --rollouts and --data must be given, got {seen}",
+                hint="--rollouts takes what `rlfr sample` wrote, --data a file of expert responses",
+            )
+        if self.layer_index:
+            if self.layer_fraction not in ((), DEFAULT_LAYER_FRACTIONS):
+                raise ConfigError("--layer-fraction and --layer-index exclude each other, got both")
+            object.__setattr__(self, "layer_fraction", ())
+        elif not self.layer_fraction:
+            raise ConfigError("--layer-fraction or --layer-index must name at least one layer, got none")

@@ -1,0 +1,1 @@
+"""Answer extraction, math-verify in killable processes, outcome rewards, statistics of results."""

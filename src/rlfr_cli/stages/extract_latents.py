@@ -1,0 +1,141 @@
+"""`rlfr extract-latents`: a policy reads responses, and the outputs of some blocks are kept.
+
+Reads a model folder and rollouts or expert text; writes latents (safetensors shards, packed). Only the decoder
+blocks up to the deepest tapped one are loaded and run, without an output head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlfr_cli import console
+from rlfr_cli.artifacts.files import check_free_space
+from rlfr_cli.artifacts.folder import StageFolder
+from rlfr_cli.artifacts.latents import LATENT_DTYPES, LatentsInfo, latents_bytes, latents_shard
+from rlfr_cli.config.extract_latents import ExtractLatentsConfig
+from rlfr_cli.errors import during_work
+from rlfr_cli.policy.batching import token_budget_batches
+from rlfr_cli.policy.forward import TokenSequence, decoder_latents
+from rlfr_cli.policy.loading import load_decoder
+from rlfr_cli.policy.tapping import Taps, tap, tapped_layers
+from rlfr_cli.stages.common import ModelInput, open_model, open_output, parse_part, stopping
+from rlfr_cli.stages.responses import (
+    Responses,
+    check_prompts_hold,
+    read_expert_responses,
+    read_rollout_responses,
+)
+
+
+def run(config: ExtractLatentsConfig) -> dict[str, Any]:
+    """Extract latents; returns a summary.
+
+    Raises:
+        RlfrError: anything wrong with config, inputs or output folder, before work starts.
+    """
+    model = open_model(config.model, config)
+    num_blocks = model.fingerprint.num_blocks
+    layers = tapped_layers(num_blocks, config.layer_fraction, config.layer_index)
+    responses = _open_responses(config, model)
+    check_prompts_hold(responses, config.max_shift)
+    num_tokens = responses.num_response_tokens() + responses.num_rows * config.max_shift
+    num_bytes = latents_bytes(num_tokens, len(layers), model.fingerprint.hidden_size, config.store)
+    inputs = {"model": model.fingerprint.to_dict(), "responses": responses.fingerprint}
+    folder = open_output(config, "latents", inputs, len(responses.units))
+    plan = {
+        "out": str(config.out),
+        "sequences": responses.num_rows,
+        "tokens": num_tokens,
+        "layers": list(layers),
+        "blocks_run": max(layers) + 1,
+        "blocks_of_model": num_blocks,
+        "hidden_size": model.fingerprint.hidden_size,
+        "bytes": num_bytes,
+    }
+    if folder is None:
+        check_free_space(config.out, num_bytes)
+        return {"dry_run": True, **plan}
+    missing = folder.missing_units(parse_part(config.part))
+    if missing:
+        _check_space(config, responses, folder, num_bytes)
+        with during_work(), stopping(config.out):
+            decoder = load_decoder(model.folder, model.placement, max(layers) + 1)
+            with tap(decoder, layers) as taps:
+                _extract_units(config, model, responses, folder, missing, decoder, taps)
+    if not folder.complete:
+        facts = _info(config, model, responses, layers).to_extra()
+        folder.finish({**facts, "rms_norm_eps": _rms_epsilon(model)})
+    return {**plan, "complete": folder.complete, "units_missing": len(folder.missing_units())}
+
+
+def _open_responses(config: ExtractLatentsConfig, model: ModelInput) -> Responses:
+    if config.rollouts is None:
+        return read_expert_responses(config, config.prompt, model)
+    return read_rollout_responses(
+        config.rollouts, config.problems_per_shard, limit=config.limit, max_tokens=config.max_tokens
+    )
+
+
+def _check_space(config: ExtractLatentsConfig, responses: Responses, folder: StageFolder, num_bytes: int) -> None:
+    """Say how much will be written, and refuse a disk that cannot hold what is still missing."""
+    share = len(folder.missing_units(parse_part(config.part))) / len(responses.units)
+    console.log(
+        f"writing {num_bytes * share / 1e6:,.1f} MB of latents "
+        f"({responses.num_rows} sequences, {config.store} on disk) to {config.out}"
+    )
+    check_free_space(config.out, int(num_bytes * share))
+
+
+def _info(
+    config: ExtractLatentsConfig, model: ModelInput, responses: Responses, layers: tuple[int, ...]
+) -> LatentsInfo:
+    return LatentsInfo(
+        layer_indices=layers,
+        num_blocks=model.fingerprint.num_blocks,
+        hidden_size=model.fingerprint.hidden_size,
+        num_prompt_tokens=config.max_shift,
+        dtype=str(config.store),
+        model=model.fingerprint,
+        source=responses.fingerprint,
+    )
+
+
+def _rms_epsilon(model: ModelInput) -> float:
+    """The language model's own epsilon, which the published velocity network takes over."""
+    return float(getattr(model.config.get_text_config(), "rms_norm_eps", None) or 1e-6)
+
+
+def _extract_units(
+    config: ExtractLatentsConfig,
+    model: ModelInput,
+    responses: Responses,
+    folder: StageFolder,
+    missing: list[int],
+    decoder: torch.nn.Module,
+    taps: Taps,
+) -> None:
+    total = sum(len(responses.units[unit]) for unit in missing)
+    with console.progress("extracting latents", total=total, unit="sequences") as bar:
+        for unit in missing:
+            rows = responses.units[unit]
+            sequences = responses.sequences(rows)
+            latents: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+            for batch in token_budget_batches([len(s) for s in sequences], config.tokens_per_batch):
+                chosen = [sequences[index] for index in batch]
+                kept = decoder_latents(decoder, taps, chosen, config.max_shift, model.placement.device)
+                for index, latents_TJD in zip(batch, kept, strict=True):
+                    latents[index] = latents_TJD.to("cpu", LATENT_DTYPES[config.store])
+                bar.advance(len(batch))
+            tensors = latents_shard(
+                torch.cat(latents),
+                torch.tensor(_kept_token_ids(sequences, config.max_shift)),
+                torch.tensor([0, *map(len, latents)]).cumsum(0),
+                torch.arange(rows.start, rows.stop),
+            )
+            folder.write_tensors(unit, tensors, {"responses": responses.names(rows)})
+
+
+def _kept_token_ids(sequences: list[TokenSequence], num_prompt: int) -> list[int]:
+    return [token for s in sequences for token in (*s.prompt[-num_prompt:], *s.response)]

@@ -1,0 +1,94 @@
+"""Latents of one or several folders as one list of sequences, read one at a time.
+
+Folders that are fitted together must come from the same model and layers. Memory holds offsets, never latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from rlfr_cli.artifacts.latents import LatentsFolder
+from rlfr_cli.errors import InputError, MismatchError
+from rlfr_cli.flow.noise import keyed_generator
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a sequence lies, and how many tokens it has, prompt tokens included."""
+
+    folder: int
+    shard: int
+    index: int
+    length: int
+
+
+class LatentSequences:
+    """Sequences of latents over all shards of some folders.
+
+    Args:
+        paths: latents folders.
+        max_tokens: tokens of a sequence that are used, prompt tokens included.
+
+    Attributes:
+        info: what the first folder's manifest says; the others agree in all that matters.
+        fingerprints: content of each folder.
+        rms_epsilon: that of the language model's norms.
+
+    Raises:
+        MismatchError: folders of different models, layers or shifts.
+        InputError: no sequence is left.
+    """
+
+    def __init__(self, paths: Sequence[Path], max_tokens: int) -> None:
+        self.folders = [LatentsFolder(path) for path in paths]
+        self.max_tokens = max_tokens
+        self.info = self.folders[0].info
+        for folder in self.folders[1:]:
+            _check_same_origin(self.folders[0], folder)
+        self.fingerprints = [folder.fingerprint for folder in self.folders]
+        self.rms_epsilon = float(self.folders[0].folder.extra.get("rms_norm_eps", 1e-6))
+        self.places = [
+            _Place(number, shard, index, length)
+            for number, folder in enumerate(self.folders)
+            for shard in range(folder.num_shards)
+            for index, length in enumerate(folder.read_offsets(shard)[0].diff().tolist())
+            if length > self.info.num_prompt_tokens
+        ]
+        if not self.places:
+            raise InputError(f"{', '.join(map(str, paths))}: no sequence with a response token")
+
+    def response_tokens(self, index: int) -> int:
+        """Response tokens of a sequence that are used."""
+        return min(self.places[index].length, self.max_tokens) - self.info.num_prompt_tokens
+
+    def read(self, index: int) -> torch.Tensor:
+        """Latents [prompt tokens kept + T, J, D] of one sequence."""
+        place = self.places[index]
+        shard = self.folders[place.folder].read_sequences(place.shard, place.index, place.index + 1)
+        return shard.latents_NJD[: self.max_tokens]
+
+    def split(self, holdout_fraction: float, max_holdout: int, seed: int) -> tuple[list[int], list[int]]:
+        """Indices for training and indices held out, both in order; the choice depends on the seed alone."""
+        count = len(self.places)
+        held = min(max_holdout, round(holdout_fraction * count), count - 1)
+        order = torch.randperm(count, generator=keyed_generator("cpu", seed, "held out")).tolist()
+        return sorted(order[held:]), sorted(order[:held])
+
+
+def _check_same_origin(first: LatentsFolder, other: LatentsFolder) -> None:
+    a, b = first.info, other.info
+    for name, ours, theirs in (
+        ("the model", a.model, b.model),
+        ("layers", a.layer_indices, b.layer_indices),
+        ("prompt tokens kept", a.num_prompt_tokens, b.num_prompt_tokens),
+    ):
+        if ours != theirs:
+            raise MismatchError(
+                f"{first.path} and {other.path} differ in {name}: {ours} and {theirs}",
+                hint="fit on latents that were extracted with the same model and options",
+            )
+

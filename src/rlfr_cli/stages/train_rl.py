@@ -1,0 +1,242 @@
+"""`rlfr train-rl`: GRPO with the flow reward, or without it (plain RLVR).
+
+Reads a policy, problems and, if any, a flow; writes a run folder: checkpoints (model and flow), metrics, rollouts.
+A step, in the order of DESIGN:
+  1. draw a group of responses to each problem of the step, grade and reward them (``rl/rollouts.py``);
+  2. one forward pass: old log-probabilities, entropies, latents; score them with the flow as it was
+     (``rl/measuring.py``); advantages from outcome and flow rewards (``rl/advantages.py``);
+  3. optimiser steps on the policy (``rl/updating.py``, ``rl/policy_loss.py``);
+  4. the flow learns from accepted responses (``rl/online.py``).
+Every random number is keyed by (seed, step), so a resumed run needs counters, weights and moments only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rlfr_cli import console
+from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits, flow_fingerprint, read_flow_header
+from rlfr_cli.artifacts.rollouts import rollout_table
+from rlfr_cli.artifacts.run_folder import RunFolder
+from rlfr_cli.config.common import ProblemsConfig
+from rlfr_cli.config.fields import to_table
+from rlfr_cli.config.train_rl import TrainRlConfig
+from rlfr_cli.errors import ConfigError, Stopped, during_work
+from rlfr_cli.flow.reference import ReferenceRules, parse_rules
+from rlfr_cli.grading.pool import GradingPool
+from rlfr_cli.grading.rewards import RewardFunction, load_reward
+from rlfr_cli.policy.tapping import tapped_layers
+from rlfr_cli.report.run_logs import RunLogs
+from rlfr_cli.rl.rollouts import PromptedProblem
+from rlfr_cli.stages.common import (
+    ModelInput,
+    PromptedProblems,
+    grading_pool,
+    open_model,
+    prompt_problems,
+    reward_inputs,
+)
+from rlfr_cli.stages.flows import new_header
+from rlfr_cli.stages.trainer import StopRequest, Trainer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything checked and opened, no weights loaded.
+
+    Attributes:
+        header: of the flow, or None for plain RLVR.
+        total_steps: rollout batches of the whole run.
+    """
+
+    config: TrainRlConfig
+    model: ModelInput
+    problems: PromptedProblems
+    heldout: PromptedProblems | None
+    header: FlowHeader | None
+    rules: ReferenceRules
+    reward: RewardFunction
+    total_steps: int
+    inputs: dict[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """What the run will do, in numbers."""
+        rollout, optimiser = self.config.rollout, self.config.optimiser
+        responses = rollout.prompts_per_step * rollout.group_size
+        minibatches = math.ceil(responses / optimiser.minibatch_responses)
+        return {
+            "out": str(self.config.out),
+            "steps": self.total_steps,
+            "problems": len(self.problems.prompted),
+            "responses_per_step": responses,
+            "optimiser_steps": self.total_steps * minibatches * optimiser.epochs_per_batch,
+            "flow": self._flow_text(),
+        }
+
+    def _flow_text(self) -> str:
+        if self.header is None:
+            return "none: plain RLVR"
+        contexts = ", ".join(f"{p['context']} {p['shift']}" for p in self.header.pairings)
+        begin = "new" if self.config.new_flow else str(self.config.flow)
+        online = self.config.online.online_steps
+        update = f"{online} online steps a batch" if online else "kept as it is"
+        return f"{begin}, blocks {list(self.header.layer_indices)}, context {contexts}, {update}"
+
+
+def run(config: TrainRlConfig) -> dict[str, Any]:
+    """Train a policy; returns a summary.
+
+    Raises:
+        RlfrError: anything wrong with config, inputs or run folder, before work starts.
+        Stopped: Ctrl-C or SIGTERM, after a checkpoint was saved.
+    """
+    with grading_pool(config.grading) as pool:
+        plan = _plan(config, pool)
+        if config.dry_run:
+            RunFolder.check_for_writing(
+                config.out, config=to_table(config, for_artifact=True), inputs=plan.inputs,
+                overwrite=config.overwrite, resume=config.resume,
+            )
+            return {"dry_run": True, **plan.describe()}
+        folder = RunFolder.create(
+            config.out, config=to_table(config, for_artifact=True), inputs=plan.inputs,
+            overwrite=config.overwrite, resume=config.resume,
+        )
+        for difference in folder.version_differences:
+            console.warn(f"{config.out} was begun with other versions: {difference}")
+        done = folder.latest_step()
+        if done >= plan.total_steps:
+            console.log(f"{config.out} is complete already ({done} steps); nothing to do")
+            return _summary(plan, folder)
+        if folder.resumed:
+            console.log(f"resuming {config.out} after step {done}")
+        with during_work():
+            _train(plan, folder, pool)
+        return _summary(plan, folder)
+
+
+def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
+    rules = parse_rules(config.online.accept, "--accept")
+    reward = load_reward(config.grading.reward)
+    model = open_model(config.model, config)
+    header = _flow_header(config, model)
+    new_tokens = config.sampling.max_new_tokens
+    problems = prompt_problems(config.problems, config.prompt, model, pool, new_tokens)
+    inputs = {
+        "model": model.fingerprint.to_dict(),
+        **problems.inputs(),
+        **reward_inputs(config.grading, config.prompt),
+    }
+    heldout = None
+    if config.evaluation.eval_data is not None:
+        heldout_config = _heldout_problems(config)
+        heldout = prompt_problems(heldout_config, config.prompt, model, pool, new_tokens)
+        inputs["heldout_problems"] = heldout.fingerprint
+    if config.flow is not None:
+        inputs["flow"] = flow_fingerprint(config.flow)
+    if config.policy_loss.reference_model is not None:
+        reference = open_model(config.policy_loss.reference_model, config)
+        if reference.fingerprint.vocab_size != model.fingerprint.vocab_size:
+            raise ConfigError(
+                f"--reference-model has a vocabulary of {reference.fingerprint.vocab_size}, the policy one of "
+                f"{model.fingerprint.vocab_size}"
+            )
+        inputs["reference_model"] = reference.fingerprint.to_dict()
+    if header is not None:
+        shift = max(pairing["shift"] for pairing in header.pairings)
+        _check_prompts(problems.prompted, shift)
+    total_steps = config.rollout.steps or math.ceil(
+        config.rollout.episodes * len(problems.prompted) / config.rollout.prompts_per_step
+    )
+    return Plan(config, model, problems, heldout, header, rules, reward, total_steps, inputs)
+
+
+def _heldout_problems(config: TrainRlConfig) -> ProblemsConfig:
+    """The columns of the training problems, with the held-out file and its limit."""
+    evaluation = config.evaluation
+    return replace(config.problems, data=evaluation.eval_data, limit=evaluation.eval_limit)
+
+
+def _flow_header(config: TrainRlConfig, model: ModelInput) -> FlowHeader | None:
+    if config.flow is not None:
+        header = read_flow_header(config.flow)
+        for warning in check_flow_fits(
+            header,
+            model=model.fingerprint,
+            allow_other_weights=config.allow_other_weights,
+            other_weights="error",
+        ):
+            console.warn(warning)
+        return header
+    if not config.new_flow:
+        return None
+    layers = tapped_layers(model.fingerprint.num_blocks, config.layer_fraction)
+    epsilon = float(getattr(model.config.get_text_config(), "rms_norm_eps", None) or 1e-6)
+    return new_header(config.network, model=model.fingerprint, layer_indices=layers, rms_epsilon=epsilon)
+
+
+def _check_prompts(prompted: Sequence[PromptedProblem], shift: int) -> None:
+    for entry in prompted:
+        if len(entry.prompt_token_ids) < shift:
+            raise ConfigError(
+                f"problem {entry.problem.problem_id}: its prompt has {len(entry.prompt_token_ids)} tokens, and the "
+                f"flow's shift of {shift} needs as many"
+            )
+
+
+def _train(plan: Plan, folder: RunFolder, pool: GradingPool) -> None:
+    """The loop over steps; each may end in an evaluation, a checkpoint, or the stop that was asked for."""
+    config = plan.config
+    start = folder.latest_step()
+    with Trainer(plan, folder, pool) as trainer, StopRequest() as stop, RunLogs(config, folder.path, start) as logs:
+        if start == 0 and plan.heldout is not None:
+            logs.add(folder, 0, trainer.evaluate(0))
+        with console.progress("training", total=plan.total_steps, unit="steps", done=start) as bar:
+            for step in range(start + 1, plan.total_steps + 1):
+                result = trainer.step(step)
+                metrics = result.metrics
+                last = step == plan.total_steps
+                if plan.heldout is not None and (last or step % config.evaluation.eval_every == 0):
+                    metrics |= trainer.evaluate(step)
+                folder.write_rollouts(step, rollout_table(result.rows, run=True))
+                logs.add(folder, step, metrics)
+                bar.advance(1, note=_note(metrics))
+                if last or stop.requested or step % config.run.save_every == 0:
+                    trainer.save(step)
+                if stop.requested and not last:
+                    raise Stopped(
+                        f"stopped after step {step} of {plan.total_steps}; its checkpoint is in {config.out}",
+                        hint="the same command with --resume goes on",
+                    )
+
+
+def _note(metrics: dict[str, Any]) -> str:
+    parts = [f"reward {metrics['rollout/reward']:.3f}", f"accuracy {metrics['rollout/accuracy']:.3f}"]
+    if metrics.get("eval/accuracy") is not None:
+        parts.append(f"held-out {metrics['eval/accuracy']:.3f}")
+    if metrics.get("flow/loss") is not None:
+        parts.append(f"flow loss {metrics['flow/loss']:.3g}")
+    return ", ".join(parts)
+
+
+def _summary(plan: Plan, folder: RunFolder) -> dict[str, Any]:
+    metrics = folder.read_metrics()
+    last = metrics[-1] if metrics else {}
+    evaluations = [line for line in metrics if line.get("eval/accuracy") is not None]
+    checkpoint = folder.latest_checkpoint()
+    summary: dict[str, Any] = {
+        "out": str(plan.config.out),
+        "steps": folder.latest_step(),
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+        "reward": last.get("rollout/reward"),
+        "accuracy": last.get("rollout/accuracy"),
+        "skipped_optimiser_steps": last.get("policy/skipped_steps"),
+    }
+    if evaluations:
+        summary["heldout_accuracy_first"] = evaluations[0]["eval/accuracy"]
+        summary["heldout_accuracy_last"] = evaluations[-1]["eval/accuracy"]
+    return summary
+
