@@ -39,6 +39,73 @@ def pack(sequences: dict[str, Tensor], pairings: tuple[Pairing, ...] = (NEXT,)) 
 
 
 def score(sequences: dict[str, Tensor], pairings: tuple = (NEXT,), **options) -> DeviationResult:
+    pairs = pack(sequences, pairings)
+    return deviations(random_network(), pairs, keyed_noise(5, list(sequences), pairs), **options)
+
+
+def by_response(sequences: dict[str, Tensor], result: DeviationResult) -> dict[str, Tensor]:
+    lengths = [len(latents) - 1 for latents in sequences.values()]
+    scores_K = pack(sequences).paired.over_responses(result.score_M, torch.nan)
+    return dict(zip(sequences, scores_K.split(lengths), strict=True))
+
+
+def test_a_new_network_by_hand() -> None:
+    """With v = 0 the error is the mean of (latent - noise)^2 at any t, times t / (1 - t) in the score."""
+    network = VelocityNetwork(VelocitySizes(latent_size=2, condition_size=2, width=4, depth=1))
+    latents = torch.tensor([[9.0, 9.0], [2.0, 1.0], [9.0, 9.0]])[:, None]
+    pairs = PairedLatents(latents, pair_tokens(torch.tensor([0, 3]), 1, [NEXT]), TappedLayers((1,), 2))
+    noise = torch.tensor([[1.0, 4.0], [0.0, 0.0]])
+    result = deviations(network, pairs, lambda *_: noise, timesteps=(0.5, 0.8))
+    assert result.deviation_M.tolist() == [5.0]
+    torch.testing.assert_close(result.score_M, torch.tensor([5 * (1 + 4) / 2]))
+
+
+def test_each_timestep_has_its_own_weight() -> None:
+    torch.testing.assert_close(score_weights([0.5, 0.8, 0.9]), torch.tensor([1.0, 4.0, 9.0]))
+    both = score(random_sequences(), timesteps=(0.5, 0.9))
+    half, late = (score(random_sequences(), timesteps=(t,)) for t in (0.5, 0.9))
+    torch.testing.assert_close(both.score_M, (half.score_M + late.score_M) / 2)
+    torch.testing.assert_close(both.deviation_M, (half.deviation_M + late.deviation_M) / 2)
+    reverse = score(random_sequences(), timesteps=(0.9, 0.5))
+    torch.testing.assert_close(both.score_M, reverse.score_M)
+    torch.testing.assert_close(late.score_M, 9 * late.deviation_M)
+
+
+def test_scoring_twice_gives_the_same_bits() -> None:
+    first, second = score(random_sequences(), num_draws=2), score(random_sequences(), num_draws=2)
+    assert torch.equal(first.errors_MJK, second.errors_MJK)
+    assert torch.equal(first.score_M, second.score_M)
+
+
+@pytest.mark.parametrize("tokens_per_chunk", [1, 3, 1000])
+@pytest.mark.parametrize("order", ["abcd", "dcba", "bd", "d"])
+def test_batch_order_and_chunks_change_nothing(order: str, tokens_per_chunk: int) -> None:
+    everything = random_sequences()
+    wanted = by_response(everything, score(everything))
+    some = {key: everything[key] for key in order}
+    ours = by_response(some, score(some, tokens_per_chunk=tokens_per_chunk))
+    for key in order:
+        torch.testing.assert_close(ours[key], wanted[key], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_noise_belongs_to_the_response() -> None:
+    """The same latents under another key score differently, so noise is not shared between responses."""
+    sequences = random_sequences()
+    renamed = {"x": sequences["a"]}
+    gap = score(renamed).score_M - score({"a": sequences["a"]}).score_M
+    assert gap.abs().min() > 1e-3
+
+
+def test_packed_equals_padded() -> None:
+    """Another implementation: pad, run the network on everything, keep valid tokens."""
+    sequences = {key: latents for key, latents in random_sequences().items() if len(latents) > 1}
+    pairs, network = pack(sequences), random_network()
+    noise_of = keyed_noise(5, list(sequences), pairs)
+    longest = max(len(latents) for latents in sequences.values())
+    latents_BSJD = torch.zeros(len(sequences), longest, 3, SIZE)
+    valid_BS = torch.zeros(len(sequences), longest, dtype=torch.bool)
+    scores = []
+    for row, latents in enumerate(sequences.values()):
         latents_BSJD[row, : len(latents)] = latents
         valid_BS[row, 1 : len(latents) - 1] = True
     for column, index in enumerate(LAYERS.indices):

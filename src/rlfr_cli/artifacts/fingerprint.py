@@ -84,8 +84,8 @@ def file_fingerprint(path: str | Path) -> str:
 def model_fingerprint(folder: str | Path) -> ModelFingerprint:
     """The fingerprint of a Hugging Face model folder.
 
-    The digest of the weights is kept in a cache by path, size and time of the files, since hashing a model
-    of 7 billion parameters takes about a minute.
+    The digest of the weights is kept in a cache by path, size and time of the files, since it reads all of
+    them: about a second a gigabyte.
 
     Raises:
         MissingInputError: there is no such folder.
