@@ -141,9 +141,7 @@ def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
 
 
@@ -165,9 +163,7 @@ def warmup_loss(model: Any, tokenizer: Any, batch: list[Problem]) -> torch.Tenso
 
 
 @torch.no_grad()
-def sample(
-    model: Any, tokenizer: Any, problems: list[Problem], greedy: bool = False
-) -> list[tuple[bool, int]]:
+def sample(model: Any, tokenizer: Any, problems: list[Problem], greedy: bool = False) -> list[tuple[bool, int]]:
     """Sample a response for each problem at temperature 1: is it right, and its tokens, 0 for one cut off."""
     prompts = tokenizer([render(tokenizer, row) for row in problems], padding=True, return_tensors="pt")
     sampling = {"do_sample": False} if greedy else {"do_sample": True, "top_k": 0}

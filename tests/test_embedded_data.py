@@ -34,10 +34,7 @@ def make(data: Path) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def rows(data: Path) -> dict[str, list[dict[str, Any]]]:
-    return {
-        name: [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
-        for name in FILES
-    }
+    return {name: [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()] for name in FILES}
 
 
 @pytest.fixture(scope="module")
@@ -135,9 +132,7 @@ def test_the_tokenizer_is_the_one_that_the_script_makes(make: ModuleType, tokeni
     assert tokenizer.decode(tokenizer(whole)["input_ids"], skip_special_tokens=True) == "9/39/3=3;\\boxed{3}"
 
 
-def test_every_solution_fits_in_the_response_length(
-    rows: dict[str, list[dict[str, Any]]], tokenizer: Any
-) -> None:
+def test_every_solution_fits_in_the_response_length(rows: dict[str, list[dict[str, Any]]], tokenizer: Any) -> None:
     assert max(len(tokenizer(row["solution"])["input_ids"]) + 1 for row in rows["expert"]) <= 48
 
 
@@ -183,7 +178,5 @@ def test_the_policy_writes_clean_chains_and_is_right_on_some(
     texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     shape = re.compile(r"(\d+[-+*/]\d+=\d+;)+\\boxed\{\d+\}")
     assert sum(bool(shape.fullmatch(text)) for text in texts) > 0.8 * len(texts)
-    right = sum(
-        text.endswith(f"\\boxed{{{row['answer']}}}") for text, row in zip(texts, problems, strict=True)
-    )
+    right = sum(text.endswith(f"\\boxed{{{row['answer']}}}") for text, row in zip(texts, problems, strict=True))
     assert 0.15 < right / len(texts) < 0.55

@@ -64,7 +64,13 @@ def make_config(family: str, *, num_blocks: int = 4, hidden_size: int = 32, tied
 
 
 def make_model_folder(
-    folder: Path, family: str = "qwen2", *, seed: int = 0, tokenizer: Any = None, scale: float = 3.0, **sizes: Any
+    folder: Path,
+    family: str = "qwen2",
+    *,
+    seed: int = 0,
+    tokenizer: Any = None,
+    scale: float = 3.0,
+    **sizes: Any,
 ) -> Path:
     """Write a random model of ``family``; ``scale`` widens the weights so that tokens differ."""
     torch.manual_seed(seed)

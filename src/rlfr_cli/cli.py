@@ -34,9 +34,7 @@ RUN_OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "quiet": (bool, ("--quiet", "-q"), "Say only warnings and errors."),
 }
 
-SHOW_HELP = (
-    "Say what an artifact is, what it was made from, and whether it is whole; exits with 1 if damaged."
-)
+SHOW_HELP = "Say what an artifact is, what it was made from, and whether it is whole; exits with 1 if damaged."
 
 app = typer.Typer(
     name="rlfr",
@@ -91,9 +89,7 @@ def _add_stage(name: str, command: Command) -> None:
         with exit_codes():
             console.set_quiet(bool(given["quiet"]))
             flags = {leaf.path: given[key] for key, leaf in leaves.items() if given[key] is not None}
-            config = resolve(
-                command.config, command=name, flags=flags, recipe=given["config"], preset=given["preset"]
-            )
+            config = resolve(command.config, command=name, flags=flags, recipe=given["config"], preset=given["preset"])
             summary = importlib.import_module(command.stage).run(config)
             if given["json"]:
                 console.emit_json(summary)
@@ -114,9 +110,7 @@ def _parameter(key: str, leaf: LeafOption) -> inspect.Parameter:
     metavar = info.metavar or ("|".join(info.choices) if info.choices else None)
     declared: Any
     if info.positional:
-        declared = typer.Argument(
-            None, help=_help_text(leaf), metavar=metavar or leaf.name, show_default=False
-        )
+        declared = typer.Argument(None, help=_help_text(leaf), metavar=metavar or leaf.name, show_default=False)
     else:
         flag = f"{leaf.flag}/--no-{leaf.flag.removeprefix('--')}" if base is bool else leaf.flag
         flags = (flag, info.short) if info.short else (flag,)
@@ -133,15 +127,11 @@ def _parameter(key: str, leaf: LeafOption) -> inspect.Parameter:
 
 def _run_parameter(key: str) -> inspect.Parameter:
     kind, flags, text = RUN_OPTIONS[key]
-    return _keyword(
-        key, typer.Option(None, *flags, help=text, show_default=False, rich_help_panel=RUN_PANEL), kind
-    )
+    return _keyword(key, typer.Option(None, *flags, help=text, show_default=False, rich_help_panel=RUN_PANEL), kind)
 
 
 def _keyword(key: str, declared: Any, annotation: Any) -> inspect.Parameter:
-    return inspect.Parameter(
-        key, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation | None
-    )
+    return inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=declared, annotation=annotation | None)
 
 
 def _help_text(leaf: LeafOption) -> str:
@@ -177,9 +167,7 @@ def _show(
     verify: Annotated[bool, typer.Option("--verify", help="Read everything and check every digest.")] = False,
     rows: Annotated[
         int,
-        typer.Option(
-            help="Show N rows: the first of an artifact, the last steps of a run.", metavar="N", min=0
-        ),
+        typer.Option(help="Show N rows: the first of an artifact, the last steps of a run.", metavar="N", min=0),
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:

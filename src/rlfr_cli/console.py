@@ -88,9 +88,7 @@ class Progress:
             if _live is None:
                 _live, self._owns_live = _live_bars(), True
                 _live.start()
-            self._task = _live.add_task(
-                self.description, total=self.total, completed=self.done, status=self.status()
-            )
+            self._task = _live.add_task(self.description, total=self.total, completed=self.done, status=self.status())
         return self
 
     def __exit__(
@@ -132,9 +130,7 @@ class Progress:
         return ", ".join(parts) + self._note()
 
     def _count(self) -> str:
-        return (
-            f"{self.done}/{self.total} {self.unit}" if self.total is not None else f"{self.done} {self.unit}"
-        )
+        return f"{self.done}/{self.total} {self.unit}" if self.total is not None else f"{self.done} {self.unit}"
 
     def _note(self) -> str:
         return f" ({self.note})" if self.note else ""

@@ -57,9 +57,7 @@ def test_exclusive_write_without_hard_links(tmp_path: Path, monkeypatch: pytest.
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"first")]
 
 
-def test_full_disk_is_said_and_leaves_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_said_and_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OutputSpaceError, match=r"no space left while writing .*a\.bin") as caught:
         files.write_atomically(tmp_path / "a.bin", b"data")
@@ -77,9 +75,7 @@ def test_full_disk_in_the_words_of_safetensors_is_said(tmp_path: Path) -> None:
 
 
 def test_those_who_may_read_the_folder_may_read_the_file(tmp_path: Path) -> None:
-    files.write_atomically(
-        tmp_path / "open" / "a", lambda partial: save_tensors(partial, {"a": torch.zeros(2)}, {})
-    )
+    files.write_atomically(tmp_path / "open" / "a", lambda partial: save_tensors(partial, {"a": torch.zeros(2)}, {}))
     expected = (tmp_path / "open").stat().st_mode & 0o666
     assert (tmp_path / "open" / "a").stat().st_mode & 0o777 == expected
 

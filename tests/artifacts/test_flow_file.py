@@ -20,9 +20,7 @@ from rlfr_cli.artifacts.flow_file import (
 )
 from rlfr_cli.errors import ArtifactError, MismatchError, MissingInputError
 
-MODEL = ModelFingerprint(
-    model_type="qwen2", num_blocks=24, hidden_size=8, vocab_size=9, weights_sha256="ab" * 32
-)
+MODEL = ModelFingerprint(model_type="qwen2", num_blocks=24, hidden_size=8, vocab_size=9, weights_sha256="ab" * 32)
 HEADER = FlowHeader(
     latent_size=8,
     condition_size=8,

@@ -104,9 +104,7 @@ def test_the_same_config_continues_and_then_is_complete(tmp_path: Path) -> None:
         ({"format_version": 2}, "format_version: 1 there, 2 here"),
     ],
 )
-def test_another_configs_work_is_refused_with_the_ways_out(
-    tmp_path: Path, options: dict[str, Any], said: str
-) -> None:
+def test_another_configs_work_is_refused_with_the_ways_out(tmp_path: Path, options: dict[str, Any], said: str) -> None:
     start(tmp_path)
     before = contents(tmp_path)
     with pytest.raises(OutputInUseError) as caught:
@@ -193,8 +191,7 @@ def test_two_parts_in_two_processes_equal_one(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     barrier, finished = context.Barrier(2), context.Queue()
     processes = [
-        context.Process(target=write_part, args=(tmp_path / "parts", (index, 2), barrier, finished))
-        for index in (1, 2)
+        context.Process(target=write_part, args=(tmp_path / "parts", (index, 2), barrier, finished)) for index in (1, 2)
     ]
     for process in processes:
         process.start()
@@ -205,9 +202,7 @@ def test_two_parts_in_two_processes_equal_one(tmp_path: Path) -> None:
     assert contents(tmp_path / "parts") == contents(tmp_path / "one")
 
 
-def test_a_kill_between_shard_and_record_redoes_the_unit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_between_shard_and_record_redoes_the_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = start(tmp_path)
     stage.write_table(0, table(0))
 
@@ -225,9 +220,7 @@ def test_a_kill_between_shard_and_record_redoes_the_unit(
     assert contents(tmp_path) == contents(tmp_path.with_name("other"))
 
 
-def test_a_stale_record_never_stands_beside_a_new_shard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stale_record_never_stands_beside_a_new_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = start(tmp_path)
     stage.write_table(0, table(0))
 

@@ -90,9 +90,7 @@ def test_reading_a_part_does_not_read_the_rest(tmp_path: Path) -> None:
     data[position] ^= 1
     path.write_bytes(data)
     latents = LatentsFolder(tmp_path)
-    assert torch.equal(
-        latents.read_sequences(0, 2, 3, verify=False).latents_NJD, make_shard(0)["latents"][3:]
-    )
+    assert torch.equal(latents.read_sequences(0, 2, 3, verify=False).latents_NJD, make_shard(0)["latents"][3:])
     for read in (lambda: latents.read_shard(0), lambda: latents.read_sequences(0, 2, 3)):
         with pytest.raises(ArtifactError, match=r"00000\.safetensors is altered: SHA-256"):
             read()

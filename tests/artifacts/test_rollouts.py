@@ -44,9 +44,7 @@ def row(problem: int = 0, sample: int = 0, **changes: Any) -> RolloutRow:
     return RolloutRow(**(values | changes))
 
 
-EXPERT = row(
-    1, 0, response_logprobs=None, reward=None, source="expert", grade="ungraded", correct=False, answer=[]
-)
+EXPERT = row(1, 0, response_logprobs=None, reward=None, source="expert", grade="ungraded", correct=False, answer=[])
 
 
 def write(path: Path) -> Path:
@@ -157,9 +155,7 @@ def test_scores_round_trip(tmp_path: Path) -> None:
 
 
 def test_scores_of_other_tokens_than_the_deviation_are_refused() -> None:
-    whole = ScoreRow(
-        problem_id="a", sample_index=1, deviation=[None, 0.5], score=[None, 2.0], flow_reward=[None, 0.0]
-    )
+    whole = ScoreRow(problem_id="a", sample_index=1, deviation=[None, 0.5], score=[None, 2.0], flow_reward=[None, 0.0])
     with pytest.raises(InputError, match="1 entries of score for 2 of deviation"):
         score_table([replace(whole, score=[2.0])])
     with pytest.raises(InputError, match="flow_reward is null for other tokens"):

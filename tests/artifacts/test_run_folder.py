@@ -174,9 +174,7 @@ def test_a_failed_checkpoint_leaves_nothing_and_latest_stays(tmp_path: Path) -> 
     assert (tmp_path / "latest").read_text() == "step-000001\n"
 
 
-def test_a_kill_before_the_rename_leaves_no_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_before_the_rename_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(tmp_path)
 
     def killed(*_: object) -> None:

@@ -93,9 +93,7 @@ def test_missing_recipe_and_unknown_preset(tmp_path: Path) -> None:
 
 def test_a_preset_that_says_nothing_of_a_command_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recipe_module, "PRESETS", {"small": {"train-rl": {}}})
-    with pytest.raises(
-        ConfigError, match="says nothing about rlfr sample\n\nhint: commands that it is for: train-rl"
-    ):
+    with pytest.raises(ConfigError, match="says nothing about rlfr sample\n\nhint: commands that it is for: train-rl"):
         resolve(SampleConfig, command="sample", flags=MODEL, preset="small")
 
 

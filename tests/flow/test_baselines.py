@@ -72,9 +72,7 @@ def test_streamed_errors() -> None:
     assert float(whole.flow_JK[1, 1]) == 0.25
     assert float(whole.gaussian_JK[1, 1]) == pytest.approx(float(gaussian_error(0.8, STD)), rel=0.01)
     assert float(whole.zero_JK[1, 1]) == pytest.approx(float(zero_error_on(latents)), rel=0.01)
-    assert float(whole.share_removed_JK[1, 1]) == pytest.approx(
-        1 - 0.25 / float(whole.gaussian_JK[1, 1]), rel=1e-6
-    )
+    assert float(whole.share_removed_JK[1, 1]) == pytest.approx(1 - 0.25 / float(whole.gaussian_JK[1, 1]), rel=1e-6)
 
 
 def test_share_removed() -> None:

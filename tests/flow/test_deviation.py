@@ -134,9 +134,7 @@ def test_pairings_and_draws_are_averaged() -> None:
 
     pairs, network = pack(sequences), random_network()
     noise = keyed_noise(5, ["d"], pairs)
-    one, two = (
-        deviations(network, pairs, lambda s, j, _, draw=draw: noise(s, j, draw)).score_M for draw in (0, 1)
-    )
+    one, two = (deviations(network, pairs, lambda s, j, _, draw=draw: noise(s, j, draw)).score_M for draw in (0, 1))
     torch.testing.assert_close(score(sequences, num_draws=2).score_M, (one + two) / 2)
 
 

@@ -212,9 +212,7 @@ def test_pairing(shared: Path, name: str) -> None:
     hyper = info["hyper"]
     pairings = [Pairing(CONTEXTS[m], s) for m, s in zip(hyper["modes"], hyper["shifts"], strict=True)]
     layers = TappedLayers(tuple(hyper["hook_layers"]), hyper["num_hidden_layers"])
-    noise_of = [
-        [recorded[f"noise.{hook}.{p}"] for p in range(len(pairings))] for hook in range(len(layers.indices))
-    ]
+    noise_of = [[recorded[f"noise.{hook}.{p}"] for p in range(len(pairings))] for hook in range(len(layers.indices))]
     num_actions_K = torch.full((hyper["B"],), hyper["num_actions"])
     result, valid_K = score_recorded(recorded, pairings, noise_of, layers, num_actions_K)
 

@@ -14,9 +14,7 @@ def test_by_hand() -> None:
     statistics = accumulator.finish()
     assert float(statistics.mean_JD) == 4.0
     torch.testing.assert_close(statistics.std_JD, torch.tensor([[(26 / 3) ** 0.5]]))  # (9 + 1 + 16) / 3
-    torch.testing.assert_close(
-        statistics.apply(torch.tensor([[[8.0]]])), torch.tensor([[[4 / (26 / 3) ** 0.5]]])
-    )
+    torch.testing.assert_close(statistics.apply(torch.tensor([[[8.0]]])), torch.tensor([[[4 / (26 / 3) ** 0.5]]]))
 
 
 def test_streaming_and_merging_equal_one_pass() -> None:

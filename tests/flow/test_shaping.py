@@ -120,9 +120,7 @@ def test_against_a_loop(scores: list[list[float]], options: ShapingOptions) -> N
     shaped = shape_scores(packed, torch.ones(len(packed), dtype=torch.bool), offsets, options)
     wanted = [value for response in scores for value in shape_by_loop(response, options)]
     assert shaped.shaped_K.tolist() == pytest.approx(wanted, abs=1e-6)
-    for values, rewards in zip(
-        shaped.shaped_K.split(lengths), shaped.flow_reward_K.split(lengths), strict=True
-    ):
+    for values, rewards in zip(shaped.shaped_K.split(lengths), shaped.flow_reward_K.split(lengths), strict=True):
         if options.centre:
             assert float(rewards.sum()) == pytest.approx(0, abs=1e-6)
         else:

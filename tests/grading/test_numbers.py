@@ -68,11 +68,7 @@ def test_quick_grade_agrees_with_math_verify(first, second, offset):
 
 def test_numbers_of_the_problem_sets_agree_with_math_verify(accepted_answers):
     numbers = {
-        gold
-        for rows in accepted_answers.values()
-        for golds in rows
-        for gold in golds
-        if plain_number(gold) is not None
+        gold for rows in accepted_answers.values() for golds in rows for gold in golds if plain_number(gold) is not None
     }
     assert len(numbers) > 1000
     for gold in sorted(numbers):

@@ -87,12 +87,8 @@ def test_recorded_evaluation_grades(shared):
 
 
 def test_importing_the_worker_leaves_heavy_libraries_out():
-    code = (
-        "import sys, rlfr_cli.grading.worker; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
-    )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
-    )
+    code = "import sys, rlfr_cli.grading.worker; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"
 
 
 def test_only_numbers_reach_the_evaluating_parser():

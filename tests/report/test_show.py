@@ -23,9 +23,7 @@ MODEL = ModelFingerprint(model_type="t", num_blocks=4, hidden_size=6, vocab_size
 
 def stage(path: Path, kind: str, num_units: int = 1) -> StageFolder:
     inputs = {"model": MODEL.to_dict()}
-    return StageFolder.open_for_writing(
-        path, kind=kind, config={"t": 1}, inputs=inputs, seed=0, num_units=num_units
-    )
+    return StageFolder.open_for_writing(path, kind=kind, config={"t": 1}, inputs=inputs, seed=0, num_units=num_units)
 
 
 def row(problem: int, reward: float, grade: str, response: str = "so \\boxed{2}") -> RolloutRow:
@@ -56,9 +54,7 @@ def make_rollouts(path: Path) -> Path:
 def make_latents(path: Path) -> Path:
     folder = stage(path, "latents")
     latents = torch.full((5, 1, 6), 2.0).bfloat16()
-    folder.write_tensors(
-        0, latents_shard(latents, torch.arange(5), torch.tensor([0, 2, 5]), torch.tensor([3, 4]))
-    )
+    folder.write_tensors(0, latents_shard(latents, torch.arange(5), torch.tensor([0, 2, 5]), torch.tensor([3, 4])))
     info = LatentsInfo(
         layer_indices=(2,),
         num_blocks=4,
@@ -153,9 +149,7 @@ def test_every_kind_is_explained_and_verified(tmp_path: Path, kind: str) -> None
 @pytest.mark.parametrize("kind", MAKERS)
 def test_an_altered_byte_is_found_by_verify(tmp_path: Path, kind: str) -> None:
     path = MAKERS[kind](tmp_path / "out")
-    pattern = {"run": "checkpoints/*/flow.safetensors", "checkpoint": "flow.safetensors"}.get(
-        kind, "shards/00000.*"
-    )
+    pattern = {"run": "checkpoints/*/flow.safetensors", "checkpoint": "flow.safetensors"}.get(kind, "shards/00000.*")
     file = path if kind == "flow" else next(f for f in sorted(path.glob(pattern)) if f.suffix != ".json")
     data = bytearray(file.read_bytes())
     # The last byte of a safetensors file is data; an Arrow file ends with its magic, so take one from within.

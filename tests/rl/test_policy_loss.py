@@ -64,9 +64,7 @@ def test_ratio_cap_and_dual_clip_bound_a_negative_advantage() -> None:
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_a_huge_ratio_gives_no_nan(advantage: float) -> None:
     logprobs = torch.tensor([0.0], requires_grad=True)
-    loss, sums = policy_loss(
-        logprobs, torch.tensor([-500.0]), torch.tensor([advantage]), torch.ones(1), PLAIN
-    )
+    loss, sums = policy_loss(logprobs, torch.tensor([-500.0]), torch.tensor([advantage]), torch.ones(1), PLAIN)
     loss.backward()
     assert loss.isfinite()
     assert logprobs.grad.isfinite().all()

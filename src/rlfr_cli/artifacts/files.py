@@ -20,14 +20,10 @@ from typing import Any
 from rlfr_cli.errors import ArtifactError, MissingInputError, OutputSpaceError
 
 PARTIAL_SUFFIX = ".partial"
-SPACE_HINT = (
-    "free some space or give another --out; what was finished is kept, and the same command continues"
-)
+SPACE_HINT = "free some space or give another --out; what was finished is kept, and the same command continues"
 
 
-def write_atomically(
-    path: str | Path, data: bytes | Callable[[Path], object], *, exclusive: bool = False
-) -> None:
+def write_atomically(path: str | Path, data: bytes | Callable[[Path], object], *, exclusive: bool = False) -> None:
     """Write a file in a temporary folder beside its place, flush it to the disk, then rename it.
 
     Args:
@@ -193,8 +189,7 @@ def differing_keys(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[st
 def describe_differences(differences: Mapping[str, tuple[Any, Any]]) -> str:
     """One line a differing key: ``  config.temperature: 1.0 there, 0.7 here``."""
     return "\n".join(
-        f"  {key}: {_shorten(there)} there, {_shorten(here)} here"
-        for key, (there, here) in differences.items()
+        f"  {key}: {_shorten(there)} there, {_shorten(here)} here" for key, (there, here) in differences.items()
     )
 
 

@@ -51,8 +51,7 @@ class ModelFingerprint:
     def architecture(self) -> str:
         """For messages: ``qwen2, 24 blocks, hidden size 896, vocabulary 151936``."""
         return (
-            f"{self.model_type}, {self.num_blocks} blocks, hidden size {self.hidden_size}, "
-            f"vocabulary {self.vocab_size}"
+            f"{self.model_type}, {self.num_blocks} blocks, hidden size {self.hidden_size}, vocabulary {self.vocab_size}"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -204,8 +203,7 @@ def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
     ends = [entry["data_offsets"][1] for entry in header.values()]
     if 8 + length + max(ends, default=0) != size:
         raise InputError(
-            f"{file} is cut or altered: {size} bytes, and its header speaks of "
-            f"{8 + length + max(ends, default=0)}",
+            f"{file} is cut or altered: {size} bytes, and its header speaks of {8 + length + max(ends, default=0)}",
             hint="download or copy the model again",
         )
     return header, 8 + length

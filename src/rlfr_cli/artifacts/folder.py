@@ -166,15 +166,11 @@ class StageFolder:
         """
         index, num_parts = part or (1, 1)
         if not 1 <= index <= num_parts:
-            raise ConfigError(
-                f"--part {index}/{num_parts} does not exist", hint=f"parts go from 1/{num_parts} on"
-            )
+            raise ConfigError(f"--part {index}/{num_parts} does not exist", hint=f"parts go from 1/{num_parts} on")
         done = shard_files.read_records(self.path / "shards").keys()
         return [unit for unit in range(index - 1, self.num_units, num_parts) if unit not in done]
 
-    def write_table(
-        self, unit: int, table: pa.Table, metadata: Mapping[str, Any] | None = None
-    ) -> ShardRecord:
+    def write_table(self, unit: int, table: pa.Table, metadata: Mapping[str, Any] | None = None) -> ShardRecord:
         """Write a unit's rows as ``shards/00003.arrow`` and its record."""
         path = self.path / "shards" / f"{unit:05d}.arrow"
         return shard_files.write_table_shard(path, table, self._shard_metadata(unit, metadata))

@@ -198,10 +198,7 @@ class LatentsFolder:
         """A whole shard; its digest is checked the first time, unless told not to."""
         with open_tensors(self.folder.tensor_shard(index, verify=verify)) as tensors:
             return LatentsShard(
-                *(
-                    tensors.get_tensor(name)
-                    for name in ("latents", "token_ids", "sequence_offsets", "sequence_ids")
-                )
+                *(tensors.get_tensor(name) for name in ("latents", "token_ids", "sequence_offsets", "sequence_ids"))
             )
 
     def read_sequences(self, index: int, start: int, stop: int, *, verify: bool = True) -> LatentsShard:

@@ -65,9 +65,7 @@ def open_rows(source: str | Path, *, split: str | None, columns: Sequence[str]) 
         if not paths:
             raise InputError(f"{source} holds no file that ends in {', '.join(_READERS)}")
     elif path.suffix not in _READERS:
-        raise InputError(
-            f"{source} does not end in one of {', '.join(_READERS)}", hint="rename or convert it"
-        )
+        raise InputError(f"{source} does not end in one of {', '.join(_READERS)}", hint="rename or convert it")
     digests = [sha256_file(file) for file in paths]
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return RowSource(str(source), whole, _read_files(paths))
@@ -143,9 +141,7 @@ def _read_csv(path: Path) -> Rows:
                 wanted = len(reader.fieldnames or ())
                 extra = len(row.get(None) or ())  # type: ignore[call-overload]
                 found = wanted + extra if extra else sum(value is not None for value in row.values())
-                raise InputError(
-                    f"{place} has {found} fields, not {wanted}", hint='quote text with commas: "a, b"'
-                )
+                raise InputError(f"{place} has {found} fields, not {wanted}", hint='quote text with commas: "a, b"')
             yield place, row
 
 

@@ -111,17 +111,13 @@ def _missing_column(column: str, there: Sequence[str], place: str) -> InputError
     close = difflib.get_close_matches(column, there, n=1)
     return InputError(
         f"{place} has no column {column!r}; it has {', '.join(map(str, there))}",
-        hint=f"did you mean {close[0]!r}?"
-        if close
-        else "name it: --problem-column, --answer-column and so on",
+        hint=f"did you mean {close[0]!r}?" if close else "name it: --problem-column, --answer-column and so on",
     )
 
 
 def _wrong_type(value: Any, column: str, place: str, wanted: str) -> InputError:
     kind = "null" if value is None else type(value).__name__
-    return InputError(
-        f"{place}: {column!r} is {kind}, not {wanted}", hint="correct it, or name another column"
-    )
+    return InputError(f"{place}: {column!r} is {kind}, not {wanted}", hint="correct it, or name another column")
 
 
 def _text(value: Any, column: str, place: str) -> str:
@@ -174,17 +170,13 @@ def _conversation(value: Any, place: str) -> tuple[str, str | None, list[dict[st
         response = _text(messages.pop()["content"], "content", place)
     questions = [message["content"] for message in messages if message["role"] == "user"]
     if not questions:
-        raise InputError(
-            f"{place} has no user message before the response", hint="a user message is the problem"
-        )
+        raise InputError(f"{place} has no user message before the response", hint="a user message is the problem")
     return _text(questions[-1], "content", place), response, messages
 
 
 def _content(value: Any, place: str) -> str:
     """A message's text, which may come as a list of text parts; other parts are refused."""
-    if isinstance(value, list) and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in value
-    ):
+    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
         return "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise _wrong_type(value, "content", place, "text")

@@ -66,9 +66,7 @@ class ArtifactFolder:
             self.extra: dict[str, Any] = manifest["extra"]
             self.files: dict[str, dict[str, Any]] = manifest["files"]
         except (KeyError, TypeError) as error:
-            raise ArtifactError(
-                f"{self.path / 'manifest.json'} is altered ({error!r})", hint=RUN_AGAIN_HINT
-            ) from None
+            raise ArtifactError(f"{self.path / 'manifest.json'} is altered ({error!r})", hint=RUN_AGAIN_HINT) from None
         self._verified: set[int] = set()
         self._check_files()
 

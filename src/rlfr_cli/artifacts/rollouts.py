@@ -105,9 +105,7 @@ class RolloutRow:
         allowed = {"finish_reason": FINISH_REASONS, "grade": tuple(Grade), "source": SOURCES}
         for column, values in allowed.items():
             if getattr(self, column) not in values:
-                raise InputError(
-                    f"{self.name}: {column} is {getattr(self, column)!r}; allowed are {', '.join(values)}"
-                )
+                raise InputError(f"{self.name}: {column} is {getattr(self, column)!r}; allowed are {', '.join(values)}")
         if self.correct != (self.grade == "correct"):
             raise InputError(f"{self.name}: correct is {self.correct}, but the grade is {self.grade!r}")
         for column in ("response_logprobs", *TRAINING_COLUMNS):

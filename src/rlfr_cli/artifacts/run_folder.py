@@ -302,9 +302,7 @@ def step_of(path: Path) -> int:
 
 def step_folders(folder: Path) -> list[Path]:
     """The folders of single steps in a folder, in order of steps."""
-    found = [
-        path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()
-    ]
+    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=step_of)
 
 
@@ -334,6 +332,8 @@ def remove_run(path: Path) -> None:
     for folder in step_folders(path / "checkpoints"):
         checkpoints.remove_checkpoint(folder)
     remove_partials(path / "checkpoints")
+    for events in (path / "tensorboard").glob("events.out.tfevents.*"):
+        events.unlink()
     for name in ("metrics.jsonl", "latest", "config.json"):
         (path / name).unlink(missing_ok=True)
     remove_empty_folders(path)

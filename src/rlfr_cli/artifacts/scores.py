@@ -60,9 +60,7 @@ class ScoreRow:
         invalid = [value is None for value in self.deviation]
         for column, values in columns.items():
             if len(values) != len(self.deviation):
-                raise InputError(
-                    f"{name}: {len(values)} entries of {column} for {len(self.deviation)} of deviation"
-                )
+                raise InputError(f"{name}: {len(values)} entries of {column} for {len(self.deviation)} of deviation")
             if [value is None for value in values] != invalid:
                 raise InputError(f"{name}: {column} is null for other tokens than deviation")
 

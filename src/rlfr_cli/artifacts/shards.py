@@ -72,9 +72,7 @@ def write_table_shard(path: Path, table: pa.Table, metadata: Mapping[str, Any]) 
     return _write_shard(path, write, rows=table.num_rows)
 
 
-def write_tensor_shard(
-    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
-) -> ShardRecord:
+def write_tensor_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> ShardRecord:
     """Write tensors as a safetensors file, then its record; a row is an entry of ``sequence_ids``."""
 
     def write(partial: Path) -> None:
@@ -148,9 +146,7 @@ def check_digest(path: Path, record: ShardRecord) -> None:
     """
     digest = sha256_file(path)
     if digest != record.sha256:
-        raise ArtifactError(
-            f"{path} is altered: SHA-256 {digest}, {record.sha256} expected", hint=RUN_AGAIN_HINT
-        )
+        raise ArtifactError(f"{path} is altered: SHA-256 {digest}, {record.sha256} expected", hint=RUN_AGAIN_HINT)
 
 
 def _count_rows(path: Path) -> int:
@@ -186,9 +182,7 @@ def open_tensors(path: Path) -> Any:
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing", hint=RUN_AGAIN_HINT) from None
     except SafetensorError as error:
-        raise ArtifactError(
-            f"{path} is cut or is not a safetensors file ({error})", hint=RUN_AGAIN_HINT
-        ) from None
+        raise ArtifactError(f"{path} is cut or is not a safetensors file ({error})", hint=RUN_AGAIN_HINT) from None
 
 
 def read_metadata(metadata: Mapping[Any, Any] | None) -> dict[str, Any] | None:

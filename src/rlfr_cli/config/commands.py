@@ -29,9 +29,7 @@ class Command:
     @property
     def options(self) -> list[LeafOption]:
         """The options as help and docs show them: required ones first, the machine's last."""
-        return sorted(
-            leaf_options(self.config), key=lambda leaf: (leaf.panel == MACHINE_PANEL, not leaf.required)
-        )
+        return sorted(leaf_options(self.config), key=lambda leaf: (leaf.panel == MACHINE_PANEL, not leaf.required))
 
 
 COMMANDS: dict[str, Command] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rlfr_cli.config.fields import ConfigGroup, StageConfig, option
 from rlfr_cli.errors import ConfigError
+from rlfr_cli.grading.answers import AnswerFallback
 
 MACHINE_PANEL = "Machine"
 DEFAULT_SYSTEM_PROMPT = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -24,13 +25,6 @@ class ComputeDtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
-
-
-class AnswerFallback(StrEnum):
-    """What is graded when a response has no \\boxed{} answer."""
-
-    NONE = "none"
-    LAST_NUMBER = "last-number"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +51,7 @@ class CommonConfig(StageConfig):
     trust_remote_code: bool = option(
         False, help="Run the Python code that comes with a model folder.", panel=MACHINE_PANEL
     )
-    overwrite: bool = option(
-        False, help="Delete what another config left in the output folder.", display=True
-    )
+    overwrite: bool = option(False, help="Delete what another config left in the output folder.", display=True)
     dry_run: bool = option(
         False,
         help="Check the config, inputs and output folder, say what would be done, and stop.",
@@ -94,9 +86,7 @@ class ProblemsConfig(ConfigGroup):
 class PromptConfig(ConfigGroup):
     """How a problem becomes the policy's prompt."""
 
-    system_prompt: str = option(
-        DEFAULT_SYSTEM_PROMPT, help="System message of the chat template; empty for none."
-    )
+    system_prompt: str = option(DEFAULT_SYSTEM_PROMPT, help="System message of the chat template; empty for none.")
     prompt_template: str | None = option(
         None,
         help="Text around {problem} that replaces the tokenizer's chat template, or @FILE that holds it; the "
@@ -128,9 +118,7 @@ class SamplingConfig(ConfigGroup):
 class GradingConfig(ConfigGroup):
     """How a response is judged and what it is paid."""
 
-    grade_timeout: float = option(
-        3.0, help="Seconds after which grading an answer is given up.", exclusive_minimum=0
-    )
+    grade_timeout: float = option(3.0, help="Seconds after which grading an answer is given up.", exclusive_minimum=0)
     grade_workers: int = option(1, help="Processes that grade.", minimum=1, display=True)
     answer_fallback: AnswerFallback = option(
         AnswerFallback.NONE, help="What to grade where a response has no \\boxed{} answer."
@@ -144,9 +132,7 @@ class GradingConfig(ConfigGroup):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reward not in ("published", "accuracy") and not re.fullmatch(
-            r".+\.py:[^\W\d]\w*", self.reward
-        ):
+        if self.reward not in ("published", "accuracy") and not re.fullmatch(r".+\.py:[^\W\d]\w*", self.reward):
             raise ConfigError(
                 f"--reward must be published, accuracy or FILE.py:FUNCTION, got {self.reward!r}",
                 hint="name a function in a Python file, such as --reward my_reward.py:length_penalty",

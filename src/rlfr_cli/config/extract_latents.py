@@ -48,9 +48,7 @@ class ExtractLatentsConfig(CommonConfig):
     id_column: str | None = option(
         None, help="Column that names a problem; its row number by default.", panel="Responses"
     )
-    limit: int | None = option(
-        None, help="Take only the first N problems.", panel="Responses", minimum=1, metavar="N"
-    )
+    limit: int | None = option(None, help="Take only the first N problems.", panel="Responses", minimum=1, metavar="N")
     max_tokens: int | None = option(
         None, help="Take only the first N tokens of a response.", panel="Responses", minimum=1, metavar="N"
     )
@@ -77,13 +75,9 @@ class ExtractLatentsConfig(CommonConfig):
     )
     store: StoreDtype = option(StoreDtype.BFLOAT16, help="What latents are stored in.", panel="Latents")
 
-    tokens_per_batch: int = option(
-        16384, help="Most tokens, padding included, of one forward pass.", minimum=1
-    )
+    tokens_per_batch: int = option(16384, help="Most tokens, padding included, of one forward pass.", minimum=1)
     problems_per_shard: int = option(64, help="Problems in one unit of work, which is one shard.", minimum=1)
-    part: str | None = option(
-        None, help="Do only this share of the work, such as 3/16.", metavar="I/N", path=True
-    )
+    part: str | None = option(None, help="Do only this share of the work, such as 3/16.", metavar="I/N", path=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,9 +43,7 @@ class FitFlowConfig(CommonConfig):
     holdout_fraction: float = option(
         0.1, help="Share of the sequences held out.", panel="Evaluation", minimum=0, exclusive_maximum=1
     )
-    max_holdout_sequences: int = option(
-        256, help="Most sequences held out.", panel="Evaluation", minimum=1
-    )
+    max_holdout_sequences: int = option(256, help="Most sequences held out.", panel="Evaluation", minimum=1)
     eval_every: int | None = option(
         None,
         help="Steps between held-out evaluations and saved states; a tenth of the steps by default.",
@@ -53,7 +51,10 @@ class FitFlowConfig(CommonConfig):
         minimum=1,
     )
     tokens_per_chunk: int = option(
-        16384, help="Tokens that the network sees at once; changes memory, not results.", minimum=1, display=True
+        16384,
+        help="Tokens that the network sees at once; changes memory, not results.",
+        minimum=1,
+        display=True,
     )
 
     def __post_init__(self) -> None:

@@ -38,7 +38,8 @@ class NetworkConfig(ConfigGroup):
         1.0, help="Multiplies time and layer before their embedding; published: 1.", exclusive_minimum=0
     )
     normalisation: Normalisation = option(
-        Normalisation.NONE, help="Scale latents by mean and deviation of the training tokens, or not (published)."
+        Normalisation.NONE,
+        help="Scale latents by mean and deviation of the training tokens, or not (published).",
     )
 
     def __post_init__(self) -> None:
@@ -58,16 +59,12 @@ class FlowRewardConfig(ConfigGroup):
         exclusive_maximum=1,
     )
     num_draws: int = option(1, help="Noise draws averaged for a score.", minimum=1)
-    score_normalisation: Normalise = option(
-        Normalise.MINMAX, help="Scaling of scores within a response."
-    )
+    score_normalisation: Normalise = option(Normalise.MINMAX, help="Scaling of scores within a response.")
     power: float = option(1.0, help="Exponent of the scaled score, sign kept.", exclusive_minimum=0)
     threshold: float = option(
         0.6, help="Scaled scores not above this are dropped; 0 or less is off.", flag="--flow-threshold"
     )
-    top_k: int = option(
-        15, help="Tokens of a response that keep a flow reward; 0 or less is off.", flag="--flow-top-k"
-    )
+    top_k: int = option(15, help="Tokens of a response that keep a flow reward; 0 or less is off.", flag="--flow-top-k")
     coef: float = option(0.01, help="Flow reward = -coef × shaped score.", flag="--flow-coef", minimum=0)
     centre_reward: bool = option(
         False, help="Subtract the response's mean flow reward, so that it sums to 0 over the response."

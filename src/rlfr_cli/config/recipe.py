@@ -111,9 +111,7 @@ def _read_toml(recipe: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(recipe.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
-        raise MissingInputError(
-            f"--config {recipe} is not a file", hint="name a recipe, a TOML file"
-        ) from None
+        raise MissingInputError(f"--config {recipe} is not a file", hint="name a recipe, a TOML file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{recipe} is not a TOML file: {error}") from None
 
@@ -121,9 +119,7 @@ def _read_toml(recipe: Path) -> dict[str, Any]:
 def _read_table(table: Mapping[str, Any], commands: Mapping[str, Leaves], origin: str, name: str) -> Values:
     """Return a table's values by option path, each converted as every one of `commands` that has it says."""
     values: Values = {}
-    for path, value in _walk(
-        table, {path for leaves in commands.values() for path in leaves}, origin, (name,)
-    ):
+    for path, value in _walk(table, {path for leaves in commands.values() for path in leaves}, origin, (name,)):
         where = f"{origin}[{'.'.join((name, *path[:-1]))}] {path[-1]}"
         for leaves in commands.values():
             if path in leaves:

@@ -33,9 +33,7 @@ class SampleConfig(CommonConfig):
     problems_per_shard: int = option(
         64, help="Problems in one unit of work, which is one shard and has its own random numbers.", minimum=1
     )
-    part: str | None = option(
-        None, help="Do only this share of the work, such as 3/16.", metavar="I/N", path=True
-    )
+    part: str | None = option(None, help="Do only this share of the work, such as 3/16.", metavar="I/N", path=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -53,11 +53,15 @@ class OptimiserConfig(ConfigGroup):
     minibatch_responses: int = option(128, help="Responses of one optimiser step.", minimum=1)
     epochs_per_batch: int = option(1, help="Passes over a rollout batch.", minimum=1)
     tokens_per_micro_batch: int = option(
-        16384, help="Most tokens, padding included, of one backward pass; does not change the loss.", minimum=1
+        16384,
+        help="Most tokens, padding included, of one backward pass; does not change the loss.",
+        minimum=1,
     )
     gradient_checkpointing: bool = option(False, help="Compute activations again in the backward pass.")
     max_bad_steps: int = option(
-        3, help="Optimiser steps in a row with a loss or gradient that is not finite before the run stops.", minimum=1
+        3,
+        help="Optimiser steps in a row with a loss or gradient that is not finite before the run stops.",
+        minimum=1,
     )
 
 
@@ -71,9 +75,7 @@ class PolicyLossConfig(ConfigGroup):
     dual_clip: float = option(
         0.0, help="Bounds the loss of a negative advantage at this times its size; 0 is off.", minimum=0
     )
-    ratio_level: RatioLevel = option(
-        RatioLevel.TOKEN, help="Ratio of each token, or of the whole response (GSPO)."
-    )
+    ratio_level: RatioLevel = option(RatioLevel.TOKEN, help="Ratio of each token, or of the whole response (GSPO).")
     aggregation: Aggregation = option(
         Aggregation.RESPONSE_MEAN,
         help="Mean over a response's tokens and then over responses (published), over all tokens (DAPO), or over "
@@ -97,12 +99,14 @@ class OnlineConfig(ConfigGroup):
     """The online update of the flow on the policy's own accepted responses."""
 
     online_steps: int = option(
-        1, help="AdamW steps of the flow on each rollout batch, after it was scored; 0 keeps the flow as it is.",
+        1,
+        help="AdamW steps of the flow on each rollout batch, after it was scored; 0 keeps the flow as it is.",
         minimum=0,
     )
     online_learning_rate: float = option(1e-4, help="Learning rate of these steps.", exclusive_minimum=0)
     online_timesteps: OnlineTimes = option(
-        OnlineTimes.FIT, help="Times at which the flow is fitted: those of fit-flow, or the rewarding ones (published)."
+        OnlineTimes.FIT,
+        help="Times at which the flow is fitted: those of fit-flow, or the rewarding ones (published).",
     )
     online_noise_repeats: int = option(1, help="Draws of noise and time for each token.", minimum=1)
     accept: tuple[str, ...] = option(
@@ -110,9 +114,7 @@ class OnlineConfig(ConfigGroup):
         help="Rule that weights responses or tokens of the reference; repeated, weights multiply.",
         metavar="RULE",
     )
-    flow_warmup: int = option(
-        10, help="With --new-flow: batches before the first flow reward is paid.", minimum=0
-    )
+    flow_warmup: int = option(10, help="With --new-flow: batches before the first flow reward is paid.", minimum=0)
 
 
 @dataclass(frozen=True, kw_only=True)

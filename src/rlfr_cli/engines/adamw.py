@@ -37,9 +37,7 @@ class NamedAdamW:
         self.parameters = {name: parameter for name, parameter in parameters if parameter.requires_grad}
         assert all(p.dtype == torch.float32 for p in self.parameters.values()), "stepped weights are float32"
         self.clip_norm = clip_norm
-        self.optimiser = torch.optim.AdamW(
-            self.parameters.values(), lr=0.0, betas=betas, weight_decay=weight_decay
-        )
+        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=0.0, betas=betas, weight_decay=weight_decay)
 
     def step(self, learning_rate: float, *, loss_is_finite: bool = True) -> StepOutcome:
         """Clip and step, unless the loss or a gradient is not finite; gradients are gone afterwards."""

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from rlfr_cli.flow.noise import Key
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -60,7 +62,7 @@ class GenerationEngine(Protocol):
         requests: Sequence[GenerationRequest],
         sampling: Sampling,
         *,
-        key: tuple[object, ...],
+        key: tuple[Key, ...],
         on_finished: Callable[[int, int], None] = lambda responses, tokens: None,
     ) -> list[Generation]:
         """Draw every request, in order.

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from rlfr_cli.engines.generation import Generation, GenerationRequest, Sampling
-from rlfr_cli.flow.noise import keyed_generator
+from rlfr_cli.flow.noise import Key, keyed_generator
 from rlfr_cli.policy.batching import pad_left, token_budget_batches
 from rlfr_cli.policy.loading import Policy
 
@@ -49,7 +49,7 @@ class HfEngine:
         requests: Sequence[GenerationRequest],
         sampling: Sampling,
         *,
-        key: tuple[object, ...],
+        key: tuple[Key, ...],
         on_finished: Callable[[int, int], None] = lambda responses, tokens: None,
     ) -> list[Generation]:
         """Draw every request, in order; see ``GenerationEngine``."""
@@ -94,7 +94,10 @@ class HfEngine:
                     going.append(row)
                 else:
                     text = policy.tokenizer.decode(response.token_ids, skip_special_tokens=True)
-                    yield response.index, Generation(response.token_ids, response.logprobs, text, finish_reason)
+                    yield (
+                        response.index,
+                        Generation(response.token_ids, response.logprobs, text, finish_reason),
+                    )
             if not going:
                 return
             if len(going) < len(running):
@@ -113,9 +116,7 @@ class HfEngine:
                     logits_to_keep=1,
                 ).logits[:, -1]
 
-    def _read_prompts(
-        self, prompts: Sequence[tuple[int, ...]]
-    ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
+    def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
         """Read each distinct prompt once; logits [B, V], cache and mask [B, S] are then laid out for all rows."""
         policy, device = self.policy, self.policy.placement.device
         distinct = list(dict.fromkeys(prompts))

@@ -75,9 +75,7 @@ class VelocityErrors:
         self.zero_sum_JK = torch.zeros_like(self.counts_JK)
         self.gaussian_sum_JK = torch.zeros_like(self.counts_JK)
 
-    def update(
-        self, layer: int, timestep: int, targets_ND: Tensor, noise_ND: Tensor, flow_errors_N: Tensor
-    ) -> None:
+    def update(self, layer: int, timestep: int, targets_ND: Tensor, noise_ND: Tensor, flow_errors_N: Tensor) -> None:
         """Add tokens of one layer and timestep (indices), with the flow's errors for the same noise."""
         times = torch.tensor([self.timesteps[timestep]], device=targets_ND.device)
         mean_D = self.gaussian.mean_JD[layer].to(targets_ND.device)

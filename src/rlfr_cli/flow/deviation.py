@@ -58,9 +58,7 @@ def keyed_noise(
     """Noise of a response's own generator; ``antithetic``: each odd draw is the one before it, negated."""
     response_lengths = pairs.paired.response_offsets.diff().tolist()
     if len(response_keys) != len(response_lengths):
-        raise ValueError(
-            f"{len(response_keys)} response keys were given for {len(response_lengths)} responses"
-        )
+        raise ValueError(f"{len(response_keys)} response keys were given for {len(response_lengths)} responses")
 
     def noise(sequence: int, layer_index: int, draw: int) -> Tensor:
         drawn = response_noise(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlfr_cli.errors import WorkError
 from rlfr_cli.flow.deviation import DeviationResult, deviations, keyed_noise
 from rlfr_cli.flow.normalisation import LatentStatistics
 from rlfr_cli.flow.pairing import PairedLatents, Pairing, TappedLayers, pair_tokens, prompt_tokens_needed
@@ -58,16 +59,21 @@ class Flow:
         num_draws: int = 1,
         autocast_dtype: torch.dtype | None = None,
     ) -> DeviationResult:
-        """Deviation and score of every valid token; see ``deviation.py``."""
+        """Deviation and score of every valid token; see ``deviation.py``.
+
+        Raises:
+            WorkError: a score is not finite.
+        """
         noise = keyed_noise(seed, response_keys, pairs)
-        return deviations(
-            self.network,
-            pairs,
-            noise,
-            timesteps=timesteps,
-            num_draws=num_draws,
-            autocast_dtype=autocast_dtype,
+        result = deviations(
+            self.network, pairs, noise, timesteps=timesteps, num_draws=num_draws, autocast_dtype=autocast_dtype
         )
+        if not bool(result.score_M.isfinite().all()):
+            raise WorkError(
+                "the flow gave scores that are not finite numbers",
+                hint="check the flow and the latents with `rlfr show --verify`; float16 may overflow",
+            )
+        return result
 
 
 def response_key(problem_id: str, sample_index: int) -> str:

@@ -79,9 +79,7 @@ def matching_errors(
     return squared_errors(velocity_ND, targets_ND, noise_ND)
 
 
-def matching_loss(
-    errors_N: Tensor, weights_N: Tensor | None = None, total_weight: float | None = None
-) -> Tensor:
+def matching_loss(errors_N: Tensor, weights_N: Tensor | None = None, total_weight: float | None = None) -> Tensor:
     """Weighted sum of errors over ``total_weight`` (by default their own), and 0 where that is 0."""
     weights_N = torch.ones_like(errors_N) if weights_N is None else weights_N.to(errors_N.dtype)
     divisor = float(weights_N.sum()) if total_weight is None else total_weight
@@ -148,9 +146,7 @@ def accumulate_matching_gradients(
             targets, conditions = pairs.targets(column, rows), pairs.conditions(column, pairing, rows)
             position = pairs.layers.positions[column]
             with torch.set_grad_enabled(backward), autocast(device, autocast_dtype):
-                errors = matching_errors(
-                    network, targets, conditions, times_M[rows], noise_MD[rows], position
-                )
+                errors = matching_errors(network, targets, conditions, times_M[rows], noise_MD[rows], position)
             if backward:
                 (matching_loss(errors, weights_M[rows], divisor) / (num_layers * repeats)).backward()
             errors_MJ[rows, column] += errors.detach() / repeats

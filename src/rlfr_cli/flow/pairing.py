@@ -138,11 +138,7 @@ class PairedLatents:
 
     def _take(self, indices: Tensor, column: int) -> Tensor:
         latents_ND = self.latents_NJD.detach()[indices.to(self.device), column]
-        return (
-            latents_ND.float()
-            if self.statistics is None
-            else self.statistics.apply_column(latents_ND, column)
-        )
+        return latents_ND.float() if self.statistics is None else self.statistics.apply_column(latents_ND, column)
 
 
 def prompt_tokens_needed(pairings: Sequence[Pairing]) -> int:

@@ -22,9 +22,7 @@ FREQUENCY_KEYS = (f"{PREFIX}time_embed.freqs", f"{PREFIX}layer_embed.freqs")
 FREQUENCY_TOLERANCE = 0.005
 
 
-def published_sizes(
-    state: Mapping[str, Tensor], *, rms_epsilon: float, time_scale: float = 1.0
-) -> VelocitySizes:
+def published_sizes(state: Mapping[str, Tensor], *, rms_epsilon: float, time_scale: float = 1.0) -> VelocitySizes:
     """Sizes read off the shapes of a published state dict.
 
     Raises:

@@ -58,9 +58,7 @@ BOUND_RULES: dict[str, Callable[[float], ResponseRule]] = {
 }
 TOKEN_RULES: dict[str, Callable[[float], TokenRule]] = {
     "min-entropy": lambda quantile: (
-        lambda entropies_T: (
-            (entropies_T >= entropies_T.quantile(quantile)).float() if len(entropies_T) else entropies_T
-        )
+        lambda entropies_T: (entropies_T >= entropies_T.quantile(quantile)).float() if len(entropies_T) else entropies_T
     ),
 }
 

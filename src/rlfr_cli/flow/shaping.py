@@ -38,9 +38,7 @@ class ShapedScores:
     flow_reward_K: Tensor
 
 
-def shape_scores(
-    scores_K: Tensor, valid_K: Tensor, response_offsets: Tensor, options: ShapingOptions
-) -> ShapedScores:
+def shape_scores(scores_K: Tensor, valid_K: Tensor, response_offsets: Tensor, options: ShapingOptions) -> ShapedScores:
     """Shape the scores of all response tokens.
 
     Args:

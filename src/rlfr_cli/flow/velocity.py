@@ -173,7 +173,5 @@ class VelocityNetwork(nn.Module):
 
     def forward(self, noised_ND: Tensor, times_N: Tensor, conditions_NC: Tensor, layers_N: Tensor) -> Tensor:
         """Velocity [N, D]; times and layers are [N], or [1] where one value holds for all."""
-        embedding_NW = (
-            self.embed_layers(layers_N) + self.embed_condition(conditions_NC) + self.embed_times(times_N)
-        )
+        embedding_NW = self.embed_layers(layers_N) + self.embed_condition(conditions_NC) + self.embed_times(times_N)
         return self.velocity(noised_ND, self.modulate(embedding_NW))

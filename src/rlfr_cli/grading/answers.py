@@ -21,12 +21,8 @@ class AnswerFallback(StrEnum):
 # Escaped braces are text, not grouping. A doubled backslash is a line break, except before a box: models that
 # have read a lot of JSON write \\boxed.
 _TOKEN = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*(\{)?|\\\\(?!boxed|fbox)|\\[{}]|[{}]")
-_UNBRACED_ANSWER = re.compile(
-    r"[-+]?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/[0-9]+)?|[A-Za-z](?![A-Za-z])"
-)
-_NUMBER = re.compile(
-    r"(?:(?<![\w)\]}])-)?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+)"
-)
+_UNBRACED_ANSWER = re.compile(r"[-+]?[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/[0-9]+)?|[A-Za-z](?![A-Za-z])")
+_NUMBER = re.compile(r"(?:(?<![\w)\]}])-)?(?:[0-9]+(?:,[0-9]{3}(?![0-9]))*(?:\.[0-9]+)?(?:/[0-9]+)?|\.[0-9]+)")
 _LEADING_RELATION = re.compile(r"^(?:=|\\approx(?![A-Za-z]))\s*")
 _FULL_STOP = re.compile(r"(?<![A-Za-z\\])\.$")  # \right. ends in a delimiter
 

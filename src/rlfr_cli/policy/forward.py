@@ -61,7 +61,11 @@ def response_logprobs(
     token_ids_N = torch.tensor([token for s in sequences for token in s.response], dtype=torch.int64, device=device)
     with policy.placement.autocast():
         return token_logprobs(
-            policy.logits, hidden_ND, token_ids_N, temperature=temperature, vocab_size=policy.config.vocab_size
+            policy.logits,
+            hidden_ND,
+            token_ids_N,
+            temperature=temperature,
+            vocab_size=policy.config.vocab_size,
         )
 
 
@@ -116,10 +120,7 @@ def _predicting_hidden_states(policy: Policy, sequences: Sequence[TokenSequence]
         hidden_BSD = policy.decoder(input_ids=ids_BS, use_cache=False).last_hidden_state
     width = ids_BS.shape[1]
     rows_N = torch.cat(
-        [
-            torch.arange(len(s.prompt) - 1, len(s) - 1, device=device) + row * width
-            for row, s in enumerate(sequences)
-        ]
+        [torch.arange(len(s.prompt) - 1, len(s) - 1, device=device) + row * width for row, s in enumerate(sequences)]
     )
     return hidden_BSD.reshape(-1, hidden_BSD.shape[-1])[rows_N]
 

@@ -51,7 +51,7 @@ class Placement:
 def resolve_placement(
     device: str, dtype: str, attn_implementation: str | None = None, trust_remote_code: bool = False
 ) -> Placement:
-    """Turn ``--device`` and ``--dtype`` into a placement: auto is CUDA and bfloat16 where there is CUDA, else CPU, float32."""
+    """Turn ``--device`` and ``--dtype`` into a placement; auto is CUDA with bfloat16, else CPU with float32."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -223,7 +223,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 (an attribute that mypy takes for a module)
 
 
 def _from_pretrained(auto: Any, folder: Path, config: Any, placement: Placement, dtype: torch.dtype) -> Any:

@@ -103,7 +103,7 @@ class ScoreSummary:
 
     def _tokens(self) -> dict[str, Any]:
         """Tokens by mean flow reward, those seen at least ``MIN_OCCURRENCES`` times."""
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "token": self._text(token),
                 "count": count,

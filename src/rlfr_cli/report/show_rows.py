@@ -110,9 +110,7 @@ def latent_rows(latents: LatentsFolder, num_rows: int) -> tuple[list[dict[str, A
     return data, ["", *text_table(data)]
 
 
-def metric_rows(
-    metrics: Sequence[Mapping[str, Any]], num_rows: int
-) -> tuple[list[dict[str, Any]], list[str]]:
+def metric_rows(metrics: Sequence[Mapping[str, Any]], num_rows: int) -> tuple[list[dict[str, Any]], list[str]]:
     """The last steps' metrics."""
     data = [dict(row) for row in metrics[-num_rows:]]
     return data, [line for row in data for line in _row_lines(row)]
@@ -133,8 +131,6 @@ def _indented(title: str, text: str) -> list[str]:
 def printable(text: str) -> str:
     """Text without control characters, which a policy can write and a terminal obeys."""
     return "".join(
-        character
-        if character in "\n\t" or unicodedata.category(character) != "Cc"
-        else "\N{REPLACEMENT CHARACTER}"
+        character if character in "\n\t" or unicodedata.category(character) != "Cc" else "\N{REPLACEMENT CHARACTER}"
         for character in text
     )

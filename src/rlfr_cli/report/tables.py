@@ -43,8 +43,7 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None 
     cells = [[format_value(row.get(name)) for name in names] for row in rows]
     widths = [max(map(len, column)) for column in zip(names, *cells, strict=True)]
     numeric = [
-        all(isinstance(row.get(name), (int, float, type(None))) for row in rows) and bool(rows)
-        for name in names
+        all(isinstance(row.get(name), (int, float, type(None))) for row in rows) and bool(rows) for name in names
     ]
 
     def line(texts: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ import torch
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.config.flow import FlowRewardConfig, ScoreSource
 from rlfr_cli.flow.flow import Flow, response_key
-from rlfr_cli.flow.noise import keyed_generator, keyed_seed
+from rlfr_cli.flow.noise import Key, keyed_generator, keyed_seed
 from rlfr_cli.flow.shaping import ShapingOptions, shape_scores
 from rlfr_cli.policy.forward import ForwardBatch, TokenSequence, forward_batches
 from rlfr_cli.policy.loading import Policy
@@ -55,7 +55,7 @@ def measure(
     reward: FlowRewardConfig,
     scores_from: ScoreSource,
     pay_flow_reward: bool,
-    key: tuple[int | str, ...],
+    key: tuple[Key, ...],
     tokens_per_batch: int,
 ) -> Measurement:
     """Measure a rollout batch.
@@ -84,7 +84,10 @@ def measure(
     )
     for batch in batches:
         for place, index in enumerate(batch.indices):
-            measured.logprobs[index], measured.entropies[index] = batch.logprobs[place], batch.entropies[place]
+            measured.logprobs[index], measured.entropies[index] = (
+                batch.logprobs[place],
+                batch.entropies[place],
+            )
             if keep_latents[index] and batch.latents:
                 measured.latents[index] = batch.latents[place]
         if flow is not None:
@@ -129,7 +132,7 @@ def _score_batch(
     rows: Sequence[RolloutRow],
     reward: FlowRewardConfig,
     scores_from: ScoreSource,
-    key: tuple[int | str, ...],
+    key: tuple[Key, ...],
     dtype: torch.dtype,
 ) -> None:
     keys = [response_key(rows[index].problem_id, rows[index].sample_index) for index in batch.indices]

@@ -15,7 +15,7 @@ from rlfr_cli.config.train_rl import OnlineConfig, OnlineTimes
 from rlfr_cli.engines.adamw import NamedAdamW
 from rlfr_cli.flow.flow import Flow
 from rlfr_cli.flow.matching import accumulate_matching_gradients, choose_times, sample_times
-from rlfr_cli.flow.noise import keyed_generator
+from rlfr_cli.flow.noise import Key, keyed_generator
 
 
 def update_flow(
@@ -25,7 +25,7 @@ def update_flow(
     weights: Mapping[int, torch.Tensor],
     config: OnlineConfig,
     timesteps: Sequence[float],
-    key: tuple[int | str, ...],
+    key: tuple[Key, ...],
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """AdamW steps of the flow on accepted responses, each with fresh noise.

@@ -14,6 +14,7 @@ from typing import Self
 from rlfr_cli.artifacts.problems import Problem
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.engines.generation import GenerationEngine, GenerationRequest, Sampling
+from rlfr_cli.flow.noise import Key
 from rlfr_cli.grading.grades import Grade
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import RewardFunction, RewardInput
@@ -47,7 +48,7 @@ class Responder:
         num_samples: int,
         sampling: Sampling,
         *,
-        key: tuple[int | str, ...],
+        key: tuple[Key, ...],
         on_finished: Callable[[int, int], None] = lambda responses, tokens: None,
     ) -> list[RolloutRow]:
         """``num_samples`` graded responses to each problem, in order.
@@ -86,9 +87,7 @@ class Responder:
                 grade=str(grade),
                 source="policy",
             )
-            for problem, request, generation, grade, reward in zip(
-                asked, requests, drawn, grades, rewards, strict=True
-            )
+            for problem, request, generation, grade, reward in zip(asked, requests, drawn, grades, rewards, strict=True)
         ]
 
     def close(self) -> None:

@@ -8,7 +8,13 @@ from rlfr_cli.config.schedules import Schedule
 
 
 def learning_rate_at(
-    step: int, total_steps: int, highest: float, *, warmup_fraction: float, schedule: Schedule, final_fraction: float
+    step: int,
+    total_steps: int,
+    highest: float,
+    *,
+    warmup_fraction: float,
+    schedule: Schedule,
+    final_fraction: float,
 ) -> float:
     """Learning rate of optimiser step ``step``, from 0.
 

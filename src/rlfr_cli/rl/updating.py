@@ -15,7 +15,7 @@ import torch
 from rlfr_cli.config.train_rl import OptimiserConfig, PolicyLossConfig
 from rlfr_cli.engines.training import TrainingEngine
 from rlfr_cli.errors import WorkError
-from rlfr_cli.flow.noise import keyed_generator
+from rlfr_cli.flow.noise import Key, keyed_generator
 from rlfr_cli.policy.batching import token_budget_batches
 from rlfr_cli.policy.forward import TokenSequence, response_logprobs
 from rlfr_cli.rl.policy_loss import (
@@ -76,7 +76,7 @@ def update_policy(
     loss_config: PolicyLossConfig,
     counts: UpdateCounts,
     learning_rate: Callable[[int], float],
-    key: tuple[int | str, ...],
+    key: tuple[Key, ...],
 ) -> dict[str, float]:
     """Train on a rollout batch and return metrics.
 
@@ -113,7 +113,7 @@ def update_policy(
     return _metrics(sums, counts, rate)
 
 
-def _minibatches(num_responses: int, size: int, key: tuple[int | str, ...]) -> list[list[int]]:
+def _minibatches(num_responses: int, size: int, key: tuple[Key, ...]) -> list[list[int]]:
     """Response indices in a shuffled order, cut into optimiser batches; a batch that takes all keeps their order."""
     if num_responses <= size:
         return [list(range(num_responses))]
@@ -131,14 +131,12 @@ def _accumulate(
 ) -> float:
     """Add the gradient of one minibatch's loss, micro-batch by micro-batch; return the loss."""
     lengths = [len(batch.sequences[index].response) for index in responses]
-    weights = token_weights(
-        config.aggregation, torch.tensor(lengths), constant_length=batch.max_new_tokens
-    ).split(lengths)
+    weights = token_weights(config.aggregation, torch.tensor(lengths), constant_length=batch.max_new_tokens).split(
+        lengths
+    )
     weight_of = dict(zip(responses, weights, strict=True))
     needed = [
-        index
-        for index in responses
-        if batch.reference_logprobs is not None or bool(batch.advantages[index].any())
+        index for index in responses if batch.reference_logprobs is not None or bool(batch.advantages[index].any())
     ]
     total = 0.0
     token_counts = [len(batch.sequences[index]) for index in needed]

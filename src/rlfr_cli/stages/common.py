@@ -18,7 +18,7 @@ from rlfr_cli.artifacts.problems import Problem, read_problems
 from rlfr_cli.config.common import CommonConfig, GradingConfig, ProblemsConfig, PromptConfig, SamplingConfig
 from rlfr_cli.config.fields import to_table
 from rlfr_cli.engines.generation import Sampling
-from rlfr_cli.errors import InputError, Stopped
+from rlfr_cli.errors import ConfigError, InputError, Stopped
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.policy.loading import (
     Placement,
@@ -73,9 +73,7 @@ def open_model(model: str, config: CommonConfig) -> ModelInput:
         InputError: the folder holds no model that can be used.
     """
     folder = resolve_model_folder(model)
-    placement = resolve_placement(
-        config.device, config.dtype, config.attn_implementation, config.trust_remote_code
-    )
+    placement = resolve_placement(config.device, config.dtype, config.attn_implementation, config.trust_remote_code)
     model_config = read_model_config(folder, config.trust_remote_code)
     tokenizer = load_tokenizer(folder, config.trust_remote_code)
     return ModelInput(folder, model_config, tokenizer, model_fingerprint(folder), placement)
@@ -124,9 +122,7 @@ def prompt_problems(
     return PromptedProblems(prompted, read.fingerprint, skipped)
 
 
-def _drop_bad_answers(
-    problems: Sequence[Problem], pool: GradingPool, skip: bool
-) -> tuple[list[Problem], int]:
+def _drop_bad_answers(problems: Sequence[Problem], pool: GradingPool, skip: bool) -> tuple[list[Problem], int]:
     bad = set(pool.parse_failures([problem.answers for problem in problems]))
     if bad and not skip:
         listed = "\n".join(
@@ -173,6 +169,11 @@ def open_output(
     Raises:
         OutputInUseError: it holds another config's work, or files of another origin.
     """
+    if config.overwrite and getattr(config, "part", None) is not None:
+        raise ConfigError(
+            "--overwrite and --part exclude each other: a part would remove what the others wrote",
+            hint=f"remove {config.out} once, then start the parts",
+        )
     facts: dict[str, Any] = {
         "kind": kind,
         "config": to_table(config, for_artifact=True),
@@ -201,9 +202,7 @@ def stopping(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        raise Stopped(
-            f"stopped; the finished units in {out} are kept", hint="the same command continues"
-        ) from None
+        raise Stopped(f"stopped; the finished units in {out} are kept", hint="the same command continues") from None
 
 
 def units_of(num_items: int, items_per_unit: int) -> list[range]:

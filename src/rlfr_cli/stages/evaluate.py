@@ -141,9 +141,7 @@ def summarise(rows: Iterable[RolloutRow], ks: Sequence[int], fallback: AnswerFal
         text_correct.setdefault(row.problem_id, []).append(row.correct)
     results = [ProblemResult(key, *zip(*entries, strict=True)) for key, entries in by_problem.items()]
     num_samples = len(results[0].correct)
-    finished = [
-        [ok for ok, cut in zip(result.correct, result.cut_off, strict=True) if not cut] for result in results
-    ]
+    finished = [[ok for ok, cut in zip(result.correct, result.cut_off, strict=True) if not cut] for result in results]
     return {
         "problems": len(results),
         "samples": num_samples,
@@ -156,14 +154,12 @@ def summarise(rows: Iterable[RolloutRow], ks: Sequence[int], fallback: AnswerFal
             for k in ks
         },
         "majority_at_k": {
-            str(k): asdict(mean_with_interval([[majority_at_k(r.answers, r.correct, k)] for r in results]))
-            for k in ks
+            str(k): asdict(mean_with_interval([[majority_at_k(r.answers, r.correct, k)] for r in results])) for k in ks
         },
         "mean_response_tokens": tokens / responses,
         "cut_off": sum(sum(result.cut_off) for result in results),
         "grades": dict(sorted(grades.items())),
         "by_problem": {
-            result.problem_id: {"correct": sum(result.correct), "cut_off": sum(result.cut_off)}
-            for result in results
+            result.problem_id: {"correct": sum(result.correct), "cut_off": sum(result.cut_off)} for result in results
         },
     }

@@ -41,7 +41,14 @@ from rlfr_cli.stages.importing import import_published
 from rlfr_cli.stages.latent_sequences import LatentSequences
 
 EVALUATION = "evaluation.json"
-FILES = ("statistics.safetensors", "last.safetensors", "state.safetensors", "state.json", "metrics.jsonl", EVALUATION)
+FILES = (
+    "statistics.safetensors",
+    "last.safetensors",
+    "state.safetensors",
+    "state.json",
+    "metrics.jsonl",
+    EVALUATION,
+)
 MAX_BAD_STEPS = 3
 
 
@@ -59,6 +66,7 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
         config.optimiser.epochs * len(training) / config.optimiser.sequences_per_step
     )
     folder = _open_output(config, data, initial)
+    parameters = sum(p.numel() for p in initial.network.parameters())
     plan = {
         "out": str(config.out),
         "training_sequences": len(training),
@@ -67,10 +75,10 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
         "steps": total_steps,
         "layers": list(header.layer_indices),
         "context": [f"{p['context']} {p['shift']}" for p in header.pairings],
-        "parameters": sum(p.numel() for p in initial.network.parameters()),
+        "parameters": parameters,
     }
     if folder is None:
-        return {"dry_run": True, **plan, "bytes": 4 * plan["parameters"]}
+        return {"dry_run": True, **plan, "bytes": 4 * parameters}
     if not folder.complete:
         with during_work():
             fit = _Fit(config, data, training, heldout, header, initial, total_steps, folder)
@@ -83,7 +91,10 @@ def _begin(config: FitFlowConfig, data: LatentSequences) -> tuple[FlowHeader, Fl
     """Header and flow that the fit starts from: new, a flow of ours, or a published one."""
     device = resolve_placement(config.device, config.dtype).device
     fresh = new_header(
-        config.network, model=data.info.model, layer_indices=data.info.layer_indices, rms_epsilon=data.rms_epsilon
+        config.network,
+        model=data.info.model,
+        layer_indices=data.info.layer_indices,
+        rms_epsilon=data.rms_epsilon,
     )
     if config.init_from is None:
         return fresh, new_flow(fresh, config.seed, device)
@@ -336,13 +347,10 @@ class _Fit:
         results: dict[str, Any] = {"train_loss": self.train_loss, "heldout_loss": header.heldout_loss}
         results["best_step"] = header.steps
         judged = self.heldout or self.training
-        rows = evaluate_velocity(
-            best, self.gaussian, self.data, judged, self.config.seed, self.placement.dtype
-        )
+        rows = evaluate_velocity(best, self.gaussian, self.data, judged, self.config.seed, self.placement.dtype)
         results["judged_on"] = "held-out sequences" if self.heldout else "training sequences (none held out)"
         results["velocity_error"] = rows
         results["verdict"] = verdict(rows)
         if not results["verdict"]["beats_gaussian"]:
             console.warn(results["verdict"]["text"])
         write_atomically(self.folder / EVALUATION, canonical_json(results, indent=2))
-

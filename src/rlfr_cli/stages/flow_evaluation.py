@@ -53,9 +53,7 @@ def evaluate_velocity(
         pairs = flow.pair(latents, data.info.num_prompt_tokens)
         noise = keyed_noise(seed, [f"judged {index}" for index in part], pairs)
         rows = slice(0, pairs.paired.num_valid)
-        for column, (layer, position) in enumerate(
-            zip(flow.layers.indices, flow.layers.positions, strict=True)
-        ):
+        for column, (layer, position) in enumerate(zip(flow.layers.indices, flow.layers.positions, strict=True)):
             targets = pairs.targets(column, rows)
             drawn = chunk_noise(noise, pairs.paired, rows, layer, 0)
             conditions = [pairs.conditions(column, pairing, rows) for pairing in range(len(flow.pairings))]

@@ -91,4 +91,3 @@ def _check_same_origin(first: LatentsFolder, other: LatentsFolder) -> None:
                 f"{first.path} and {other.path} differ in {name}: {ours} and {theirs}",
                 hint="fit on latents that were extracted with the same model and options",
             )
-

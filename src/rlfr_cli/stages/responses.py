@@ -81,9 +81,7 @@ def read_rollout_responses(
         table = table.slice(0, starts[limit])
         starts = starts[:limit]
     ends = [*starts[1:], table.num_rows]
-    units = [
-        range(starts[unit.start], ends[unit.stop - 1]) for unit in units_of(len(starts), problems_per_unit)
-    ]
+    units = [range(starts[unit.start], ends[unit.stop - 1]) for unit in units_of(len(starts), problems_per_unit)]
     return Responses(table, units, folder.fingerprint, max_tokens)
 
 
@@ -150,9 +148,7 @@ def _fit_context(
     """Cut expert responses where the model's context ends."""
     if context_length is None:
         return list(responses)
-    return [
-        response[: context_length - len(prompt)] for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    return [response[: context_length - len(prompt)] for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def check_prompts_hold(responses: Responses, num_prompt: int) -> None:
@@ -162,7 +158,9 @@ def check_prompts_hold(responses: Responses, num_prompt: int) -> None:
         InputError: naming the first such problem.
     """
     for name, prompt in zip(
-        responses.table["problem_id"].to_pylist(), responses.table["prompt_token_ids"].to_pylist(), strict=True
+        responses.table["problem_id"].to_pylist(),
+        responses.table["prompt_token_ids"].to_pylist(),
+        strict=True,
     ):
         if len(prompt) < num_prompt:
             raise InputError(

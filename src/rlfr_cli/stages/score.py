@@ -61,7 +61,11 @@ def _score_rollouts(config: ScoreConfig, header: FlowHeader) -> dict[str, Any]:
         "rollouts": responses.fingerprint,
     }
     folder = open_output(config, "scores", inputs, len(responses.units))
-    plan = {"out": str(config.out), "responses": responses.num_rows, "tokens": responses.num_response_tokens()}
+    plan = {
+        "out": str(config.out),
+        "responses": responses.num_rows,
+        "tokens": responses.num_response_tokens(),
+    }
     if folder is None:
         return {"dry_run": True, **plan}
     missing = folder.missing_units(parse_part(config.part))

@@ -97,13 +97,19 @@ def run(config: TrainRlConfig) -> dict[str, Any]:
         plan = _plan(config, pool)
         if config.dry_run:
             RunFolder.check_for_writing(
-                config.out, config=to_table(config, for_artifact=True), inputs=plan.inputs,
-                overwrite=config.overwrite, resume=config.resume,
+                config.out,
+                config=to_table(config, for_artifact=True),
+                inputs=plan.inputs,
+                overwrite=config.overwrite,
+                resume=config.resume,
             )
             return {"dry_run": True, **plan.describe()}
         folder = RunFolder.create(
-            config.out, config=to_table(config, for_artifact=True), inputs=plan.inputs,
-            overwrite=config.overwrite, resume=config.resume,
+            config.out,
+            config=to_table(config, for_artifact=True),
+            inputs=plan.inputs,
+            overwrite=config.overwrite,
+            resume=config.resume,
         )
         for difference in folder.version_differences:
             console.warn(f"{config.out} was begun with other versions: {difference}")
@@ -130,9 +136,8 @@ def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
         **problems.inputs(),
         **reward_inputs(config.grading, config.prompt),
     }
-    heldout = None
-    if config.evaluation.eval_data is not None:
-        heldout_config = _heldout_problems(config)
+    heldout_config, heldout = _heldout_problems(config), None
+    if heldout_config is not None:
         heldout = prompt_problems(heldout_config, config.prompt, model, pool, new_tokens)
         inputs["heldout_problems"] = heldout.fingerprint
     if config.flow is not None:
@@ -154,9 +159,11 @@ def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
     return Plan(config, model, problems, heldout, header, rules, reward, total_steps, inputs)
 
 
-def _heldout_problems(config: TrainRlConfig) -> ProblemsConfig:
+def _heldout_problems(config: TrainRlConfig) -> ProblemsConfig | None:
     """The columns of the training problems, with the held-out file and its limit."""
     evaluation = config.evaluation
+    if evaluation.eval_data is None:
+        return None
     return replace(config.problems, data=evaluation.eval_data, limit=evaluation.eval_limit)
 
 
@@ -191,7 +198,11 @@ def _train(plan: Plan, folder: RunFolder, pool: GradingPool) -> None:
     """The loop over steps; each may end in an evaluation, a checkpoint, or the stop that was asked for."""
     config = plan.config
     start = folder.latest_step()
-    with Trainer(plan, folder, pool) as trainer, StopRequest() as stop, RunLogs(config, folder.path, start) as logs:
+    with (
+        Trainer(plan, folder, pool) as trainer,
+        StopRequest() as stop,
+        RunLogs(config, folder.path, start) as logs,
+    ):
         if start == 0 and plan.heldout is not None:
             logs.add(folder, 0, trainer.evaluate(0))
         with console.progress("training", total=plan.total_steps, unit="steps", done=start) as bar:
@@ -239,4 +250,3 @@ def _summary(plan: Plan, folder: RunFolder) -> dict[str, Any]:
         summary["heldout_accuracy_first"] = evaluations[0]["eval/accuracy"]
         summary["heldout_accuracy_last"] = evaluations[-1]["eval/accuracy"]
     return summary
-

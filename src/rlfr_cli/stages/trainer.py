@@ -1,4 +1,4 @@
-"""The trainer behind `train-rl`: policy, reference policy, flow, their optimisers, and one method a phase of a step.
+"""The trainer behind `train-rl`: policy, flow and their optimisers, and one method for each phase of a step.
 
 Reads what the plan names or a run's last checkpoint; writes checkpoints. ``stages/train_rl.py`` has the order.
 """
@@ -111,9 +111,7 @@ class Trainer:
             gradient_checkpointing=optimiser.gradient_checkpointing,
         )
         self.reference = self._reference_policy()
-        self.responder = Responder(
-            HfEngine(self.policy, self.config.sampling.tokens_per_batch), pool, plan.reward
-        )
+        self.responder = Responder(HfEngine(self.policy, self.config.sampling.tokens_per_batch), pool, plan.reward)
         self.counts, self.flow_steps, self.empty_references = UpdateCounts(), 0, 0
         self._open_flow(checkpoint)
         if checkpoint is not None:
@@ -343,7 +341,10 @@ class Trainer:
             self.engine.save(folder / "model", folder / "trainer")
             if self.flow is not None and self.header is not None and self.flow_optimiser is not None:
                 header = with_policy_step(
-                    self.header, model_fingerprint(folder / "model"), step, self.header.steps + self.flow_steps
+                    self.header,
+                    model_fingerprint(folder / "model"),
+                    step,
+                    self.header.steps + self.flow_steps,
                 )
                 write_flow(folder / "flow.safetensors", header, self.flow)
                 moments = {name: t.contiguous() for name, t in self.flow_optimiser.state_tensors().items()}
