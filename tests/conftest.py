@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tiny_policies import ModelFolders
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -22,3 +26,11 @@ def shared() -> Path:
     if not (folder / "conformance").is_dir():
         pytest.skip(f"no recorded vectors: {folder} does not exist (set RLFR_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folders(tmp_path_factory: pytest.TempPathFactory) -> ModelFolders:
+    """Tiny models, each made once a session."""
+    from tiny_policies import ModelFolders  # here, so that tests of the rest start without transformers
+
+    return ModelFolders(tmp_path_factory.mktemp("models"))

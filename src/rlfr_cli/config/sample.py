@@ -14,6 +14,7 @@ from rlfr_cli.config.common import (
     check_part,
 )
 from rlfr_cli.config.fields import group, option
+from rlfr_cli.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,3 +39,8 @@ class SampleConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_part(self.part)
+        if self.sampling.temperature == 0 and self.group_size > 1:
+            raise ConfigError(
+                f"--temperature 0 gives the same response every time, got --group-size {self.group_size}",
+                hint="use --group-size 1, or a temperature above 0",
+            )

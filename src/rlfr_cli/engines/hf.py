@@ -43,7 +43,7 @@ class HfEngine:
         self.policy = policy
         self.tokens_per_batch = tokens_per_batch
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -58,11 +58,14 @@ class HfEngine:
         self.policy.model.eval()
         results: list[Generation | None] = [None] * len(requests)
         full_lengths = [len(r.prompt_token_ids) + sampling.max_new_tokens for r in requests]
-        for batch in token_budget_batches(full_lengths, self.tokens_per_batch):
-            rows = [requests[index] for index in batch]
-            for position, generation in self._generate_batch(rows, sampling, generator):
-                results[batch[position]] = generation
-                on_finished(1, len(generation.token_ids))
+        # One autocast around the whole call, and no inference mode, which has no cache of casts: each float32 weight
+        # of a policy in training is then cast once, not for every token.
+        with self.policy.placement.autocast():
+            for batch in token_budget_batches(full_lengths, self.tokens_per_batch):
+                rows = [requests[index] for index in batch]
+                for position, generation in self._generate_batch(rows, sampling, generator):
+                    results[batch[position]] = generation
+                    on_finished(1, len(generation.token_ids))
         self.policy.model.train(was_training)
         return [generation for generation in results if generation is not None]
 
@@ -106,15 +109,14 @@ class HfEngine:
                 mask_BS, tokens_B = mask_BS[keep_B], tokens_B[keep_B]
                 running = [running[row] for row in going]
             mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(running), 1)], dim=1)
-            with policy.placement.autocast():
-                logits_BV = policy.model(
-                    input_ids=tokens_B[:, None],
-                    attention_mask=mask_BS,
-                    position_ids=mask_BS.sum(1, keepdim=True) - 1,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
+            logits_BV = policy.model(
+                input_ids=tokens_B[:, None],
+                attention_mask=mask_BS,
+                position_ids=mask_BS.sum(1, keepdim=True) - 1,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
 
     def _read_prompts(self, prompts: Sequence[tuple[int, ...]]) -> tuple[torch.Tensor, DynamicCache, torch.Tensor]:
         """Read each distinct prompt once; logits [B, V], cache and mask [B, S] are then laid out for all rows."""
@@ -124,15 +126,14 @@ class HfEngine:
         rows_B = torch.tensor([place[prompt] for prompt in prompts], device=device)
         ids, mask = pad_left(distinct, 0, device)
         cache = DynamicCache(config=policy.config)
-        with policy.placement.autocast():
-            logits = policy.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+        logits = policy.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
         cache.batch_select_indices(rows_B)
         return logits[rows_B], cache, mask[rows_B]
 

@@ -62,7 +62,7 @@ def shape_scores(scores_K: Tensor, valid_K: Tensor, response_offsets: Tensor, op
     if options.top_k > 0:
         x_M = torch.where(top_mask(x_M, response_M, options.top_k, signed=signed), x_M, 0.0)
 
-    reward_M = -options.coefficient * x_M
+    reward_M = 0.0 - options.coefficient * x_M  # not -0.0 where nothing is taken
     if options.centre:
         reward_M = reward_M - response_mean(reward_M, response_M, num_responses)[response_M]
     shaped_K, flow_reward_K = torch.zeros_like(scores_K).float(), torch.zeros_like(scores_K).float()

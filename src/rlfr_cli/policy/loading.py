@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rlfr_cli.errors import ConfigError, InputError, MissingInputError
@@ -159,16 +160,26 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model folder."""
+    """The tokenizer of a model folder.
+
+    Raises:
+        InputError: there is none, or it has no vocabulary.
+    """
     from transformers import AutoTokenizer
 
+    hint = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the model folder"
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise InputError(
-            f"{folder}: transformers cannot load a tokenizer from it: {str(error).splitlines()[0]}",
-            hint="copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the model folder",
+            f"{folder}: transformers cannot load a tokenizer from it: {str(error).splitlines()[0]}", hint=hint
         ) from error
+    # Where the files are missing, transformers gives some architectures a tokenizer without a vocabulary.
+    if set(tokenizer("1 + 1 = 2", add_special_tokens=False)["input_ids"]) <= {tokenizer.unk_token_id}:
+        raise InputError(
+            f"{folder}: its tokenizer cannot read a sum; its vocabulary has {len(tokenizer)} tokens", hint=hint
+        )
+    return tokenizer
 
 
 def load_policy(folder: Path, placement: Placement, *, weights_dtype: torch.dtype | None = None) -> Policy:
@@ -228,21 +239,32 @@ def disable_dropout(model: nn.Module) -> None:
 
 def _from_pretrained(auto: Any, folder: Path, config: Any, placement: Placement, dtype: torch.dtype) -> Any:
     options = {} if placement.attn_implementation is None else {"attn_implementation": placement.attn_implementation}
+    hint = "the folder must hold whole safetensors weights that fit its config.json"
     try:
         with quiet_transformers():
-            model = auto.from_pretrained(
+            model, report = auto.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=placement.trust_remote_code,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
                 **options,
             )
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(
-            f"{folder}: transformers cannot load this model: {str(error).strip().splitlines()[0]}",
-            hint="the folder must hold whole safetensors weights that fit its config.json",
+            f"{folder}: transformers cannot load this model: {str(error).strip().splitlines()[0]}", hint=hint
         ) from error
+    # transformers fills both kinds with random numbers.
+    missing = sorted(report["missing_keys"])
+    misshapen = sorted(name for name, *_ in report["mismatched_keys"])
+    if missing or misshapen:
+        raise InputError(
+            f"{folder}: its weights do not fill the model: {len(missing)} tensors are missing and {len(misshapen)} "
+            f"have another shape, such as {(missing + misshapen)[0]}",
+            hint=hint,
+        )
     return model.to(placement.device).eval()
 
 
@@ -266,6 +288,9 @@ def quiet_transformers() -> Iterator[None]:
 @torch.no_grad()
 def _check_output_head(policy: Policy) -> None:
     """``Policy.logits`` must be what the model itself computes; some architectures scale in ways of their own."""
+    hint = "rlfr does not support this architecture yet"
+    if policy.decoder is policy.model:
+        raise InputError(f"{policy.folder}: a {policy.config.model_type} model has no decoder of its own", hint=hint)
     device = policy.placement.device
     ids = torch.arange(1, 5, device=device).remainder(policy.config.vocab_size)[None]
     theirs = policy.model(input_ids=ids, use_cache=False).logits[0].float()
@@ -274,5 +299,5 @@ def _check_output_head(policy: Policy) -> None:
         raise InputError(
             f"{policy.folder}: logits of a {policy.config.model_type} model are not its output head on its final "
             f"hidden states (they differ by up to {float((ours - theirs).abs().max()):.3g})",
-            hint="rlfr does not support this architecture yet",
+            hint=hint,
         )

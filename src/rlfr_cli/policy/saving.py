@@ -17,7 +17,12 @@ def save_model_folder(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     The model in memory keeps its own dtype.
     """
     model = policy.model
-    weights = {name: tensor.detach().to(dtype) for name, tensor in model.state_dict().items()}
+    converted: dict[int, torch.Tensor] = {}  # by address: tied weights stay one tensor, and are written once
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if tensor.data_ptr() not in converted:
+            converted[tensor.data_ptr()] = tensor.to(dtype)
+        weights[name] = converted[tensor.data_ptr()]
     with quiet_transformers():
         model.save_pretrained(folder, state_dict=weights)
         policy.tokenizer.save_pretrained(folder)

@@ -37,14 +37,16 @@ def update_flow(
         key: names the noise, seed and step included.
 
     Returns:
-        ``flow/loss`` (mean over the steps), ``flow/gradient_norm`` and ``flow/steps``: 0 steps where no response was
-        accepted, and then no loss.
+        ``flow/loss`` (mean over the steps), ``flow/gradient_norm`` and ``flow/steps``: 0 steps where no valid
+        token was accepted, and then no loss.
     """
     chosen = [index for index in sorted(latents) if bool(weights[index].any())]
     if not chosen:
         return {"flow/steps": 0}
     pairs = flow.pair([latents[index] for index in chosen])
     weights_M = torch.cat([weights[index] for index in chosen]).to(flow.device)[pairs.paired.valid_K]
+    if not bool(weights_M.any()):
+        return {"flow/steps": 0}
     draw_times = sample_times
     if config.online_timesteps is OnlineTimes.REWARDING:
         draw_times = partial(choose_times, timesteps)

@@ -6,6 +6,7 @@ blocks up to the deepest tapped one are loaded and run, without an output head.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from rlfr_cli import console
 from rlfr_cli.artifacts.files import check_free_space
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.latents import LATENT_DTYPES, LatentsInfo, latents_bytes, latents_shard
-from rlfr_cli.config.extract_latents import ExtractLatentsConfig
-from rlfr_cli.errors import during_work
+from rlfr_cli.artifacts.shards import read_records
+from rlfr_cli.config.extract_latents import ExtractLatentsConfig, StoreDtype
+from rlfr_cli.errors import WorkError, during_work
 from rlfr_cli.policy.batching import token_budget_batches
 from rlfr_cli.policy.forward import TokenSequence, decoder_latents
 from rlfr_cli.policy.loading import load_decoder
@@ -40,8 +42,10 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
     layers = tapped_layers(num_blocks, config.layer_fraction, config.layer_index)
     responses = _open_responses(config, model)
     check_prompts_hold(responses, config.max_shift)
-    num_tokens = responses.num_response_tokens() + responses.num_rows * config.max_shift
-    num_bytes = latents_bytes(num_tokens, len(layers), model.fingerprint.hidden_size, config.store)
+    num_tokens = _kept_tokens(config, responses, responses.units)
+    bytes_per_token = latents_bytes(1, len(layers), model.fingerprint.hidden_size, config.store)
+    bytes_to_write = bytes_per_token * _kept_tokens(config, responses, _units_to_write(config, responses))
+    check_free_space(config.out, bytes_to_write)
     inputs = {"model": model.fingerprint.to_dict(), "responses": responses.fingerprint}
     folder = open_output(config, "latents", inputs, len(responses.units))
     plan = {
@@ -52,14 +56,13 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
         "blocks_run": max(layers) + 1,
         "blocks_of_model": num_blocks,
         "hidden_size": model.fingerprint.hidden_size,
-        "bytes": num_bytes,
+        "bytes": bytes_per_token * num_tokens,
     }
     if folder is None:
-        check_free_space(config.out, num_bytes)
         return {"dry_run": True, **plan}
     missing = folder.missing_units(parse_part(config.part))
     if missing:
-        _check_space(config, responses, folder, num_bytes)
+        console.log(f"writing {bytes_to_write / 1e6:,.1f} MB of latents ({config.store}) to {config.out}")
         with during_work(), stopping(config.out):
             decoder = load_decoder(model.folder, model.placement, max(layers) + 1)
             with tap(decoder, layers) as taps:
@@ -78,14 +81,15 @@ def _open_responses(config: ExtractLatentsConfig, model: ModelInput) -> Response
     )
 
 
-def _check_space(config: ExtractLatentsConfig, responses: Responses, folder: StageFolder, num_bytes: int) -> None:
-    """Say how much will be written, and refuse a disk that cannot hold what is still missing."""
-    share = len(folder.missing_units(parse_part(config.part))) / len(responses.units)
-    console.log(
-        f"writing {num_bytes * share / 1e6:,.1f} MB of latents "
-        f"({responses.num_rows} sequences, {config.store} on disk) to {config.out}"
-    )
-    check_free_space(config.out, int(num_bytes * share))
+def _kept_tokens(config: ExtractLatentsConfig, responses: Responses, units: Sequence[range]) -> int:
+    return sum(responses.num_response_tokens(rows) + len(rows) * config.max_shift for rows in units)
+
+
+def _units_to_write(config: ExtractLatentsConfig, responses: Responses) -> list[range]:
+    """The units of this part less those that an earlier run finished, before the output folder is touched."""
+    index, num_parts = parse_part(config.part) or (1, 1)
+    done = {} if config.overwrite else read_records(config.out / "shards")
+    return [responses.units[unit] for unit in range(index - 1, len(responses.units), num_parts) if unit not in done]
 
 
 def _info(
@@ -128,13 +132,23 @@ def _extract_units(
                 for index, latents_TJD in zip(batch, kept, strict=True):
                     latents[index] = latents_TJD.to("cpu", LATENT_DTYPES[config.store])
                 bar.advance(len(batch))
+            packed = torch.cat(latents)
+            _check_finite(packed, config.store)
             tensors = latents_shard(
-                torch.cat(latents),
+                packed,
                 torch.tensor(_kept_token_ids(sequences, config.max_shift)),
                 torch.tensor([0, *map(len, latents)]).cumsum(0),
                 torch.arange(rows.start, rows.stop),
             )
             folder.write_tensors(unit, tensors, {"responses": responses.names(rows)})
+
+
+def _check_finite(latents_NJD: torch.Tensor, store: StoreDtype) -> None:
+    if not bool(latents_NJD.isfinite().all()):
+        raise WorkError(
+            f"some latents are not finite numbers in {store}",
+            hint="hidden states may exceed float16, which ends at 65504: use --store bfloat16 and --dtype bfloat16",
+        )
 
 
 def _kept_token_ids(sequences: list[TokenSequence], num_prompt: int) -> list[int]:

@@ -166,7 +166,11 @@ def fit_folder_of(out: Path) -> Path:
 
 
 def _results(config: FitFlowConfig) -> dict[str, Any]:
+    """What the fit was judged to be, errors as rows by layer and timestep."""
     results: dict[str, Any] = read_json(fit_folder_of(config.out) / EVALUATION)
+    columns = ("layer", "timestep", "flow", "gaussian", "zero", "share_of_gaussian_removed")
+    results["velocity_error"] = [{name: row[name] for name in columns} for row in results["velocity_error"]]
+    results["verdict"] = results["verdict"]["text"]
     return results
 
 

@@ -76,19 +76,35 @@ def evaluate_velocity(
 
 
 def verdict(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Whether the flow beats the Gaussian at every layer and timestep, in one sentence."""
+    """Where the flow beats the Gaussian, in words that claim no more than that."""
     worse = [row for row in rows if row["share_of_gaussian_removed"] <= 0]
     shares = [row["share_of_gaussian_removed"] for row in rows]
+    won = len(rows) - len(worse)
     if not worse:
         text = (
             f"the flow beats the per-channel Gaussian at every layer and timestep: it removes {min(shares):.0%} to "
             f"{max(shares):.0%} of its velocity error"
         )
-    else:
-        places = ", ".join(f"block {row['layer']} at t = {row['timestep']}" for row in worse[:4])
-        more = f" and {len(worse) - 4} more" if len(worse) > 4 else ""
+    elif won == 0:
         text = (
-            f"this flow does NOT beat a per-channel Gaussian ({places}{more}): it has learnt less than the mean and "
-            "variance of each channel, so its scores are mostly scale; fit longer or on more latents"
+            "this flow does NOT beat a per-channel Gaussian at any layer and timestep: it has learnt less than the "
+            "mean and variance of each channel, so its scores are mostly scale; fit longer or on more latents"
+        )
+    else:
+        text = (
+            f"this flow beats the per-channel Gaussian at {won} of {len(rows)} layers and timesteps (by up to "
+            f"{max(shares):.0%} of its velocity error), and does NOT at {_places(worse)}: do not reward there, or fit "
+            "longer or on more latents"
         )
     return {"beats_gaussian": not worse, "text": text}
+
+
+def _places(rows: Sequence[dict[str, Any]]) -> str:
+    """``t = 0.95 (blocks 2, 4), t = 0.1 (block 2)``."""
+    layers: dict[float, list[int]] = {}
+    for row in rows:
+        layers.setdefault(row["timestep"], []).append(row["layer"])
+    return ", ".join(
+        f"t = {timestep} (block{'s' if len(blocks) > 1 else ''} {', '.join(map(str, blocks))})"
+        for timestep, blocks in layers.items()
+    )

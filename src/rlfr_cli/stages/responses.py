@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from rlfr_cli import console
 from rlfr_cli.artifacts.problems import read_problems
 from rlfr_cli.artifacts.rollouts import RolloutsFolder
 from rlfr_cli.config.common import PromptConfig
@@ -47,8 +49,10 @@ class Responses:
     def num_response_tokens(self, rows: range | None = None) -> int:
         """Response tokens that are taken, of all rows or some."""
         part = self.table if rows is None else self.rows(rows)
-        lengths = [len(ids) for ids in part["response_token_ids"].to_pylist()]
-        return sum(length if self.max_tokens is None else min(length, self.max_tokens) for length in lengths)
+        lengths = pc.list_value_length(part["response_token_ids"])
+        if self.max_tokens is not None:
+            lengths = pc.min_element_wise(lengths, self.max_tokens)
+        return pc.sum(lengths).as_py() or 0
 
     def rows(self, rows: range) -> pa.Table:
         return self.table.slice(rows.start, len(rows))
@@ -145,10 +149,17 @@ def _with_system(messages: Sequence[dict[str, str]], system_prompt: str) -> list
 def _fit_context(
     prompts: Sequence[Sequence[int]], responses: Sequence[list[int]], context_length: int | None
 ) -> list[list[int]]:
-    """Cut expert responses where the model's context ends."""
+    """Cut expert responses where the model's context ends, and say how many."""
     if context_length is None:
         return list(responses)
-    return [response[: context_length - len(prompt)] for prompt, response in zip(prompts, responses, strict=True)]
+    cut = [response[: context_length - len(prompt)] for prompt, response in zip(prompts, responses, strict=True)]
+    num_cut = sum(len(short) < len(whole) for short, whole in zip(cut, responses, strict=True))
+    if num_cut:
+        console.warn(
+            f"{num_cut} of {len(cut)} responses do not fit into the model's context of {context_length} tokens, and "
+            "are cut off there, without their end token"
+        )
+    return cut
 
 
 def check_prompts_hold(responses: Responses, num_prompt: int) -> None:

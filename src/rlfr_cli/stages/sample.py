@@ -17,7 +17,7 @@ from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.rollouts import RolloutRow, rollout_table
 from rlfr_cli.config.sample import SampleConfig
 from rlfr_cli.engines.hf import HfEngine
-from rlfr_cli.errors import during_work
+from rlfr_cli.errors import ConfigError, during_work
 from rlfr_cli.flow.reference import ReferenceRules, ResponseFacts, group_shares, parse_rules
 from rlfr_cli.grading.rewards import is_accepted, load_reward
 from rlfr_cli.policy.loading import load_policy
@@ -66,6 +66,11 @@ def run(config: SampleConfig) -> dict[str, Any]:
         RlfrError: anything wrong with config, inputs or output folder, before work starts.
     """
     rules = parse_rules(config.keep, "--keep")
+    if rules.token_rules:
+        raise ConfigError(
+            f"--keep {', '.join(config.keep)}: a rule for tokens cannot choose responses",
+            hint="min-entropy is for `rlfr train-rl --accept`; leave it out here",
+        )
     reward = load_reward(config.grading.reward)
     model = open_model(config.model, config)
     with grading_pool(config.grading) as pool:

@@ -1,0 +1,162 @@
+"""Which blocks are tapped, and that latents are their outputs before the final norm, in every family."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES
+from tiny_policies import CPU, HIDDEN, ModelFolders, random_sequences
+from torch import Tensor, nn
+
+from rlfr_cli.errors import ConfigError, InputError
+from rlfr_cli.policy.forward import decoder_latents, forward_batches
+from rlfr_cli.policy.loading import load_decoder
+from rlfr_cli.policy.tapping import decoder_blocks, tap, tapped_layers
+
+SEQUENCES = random_sequences([(4, 9), (7, 25), (3, 5)])  # longer than the 16 tokens of Gemma's window
+
+
+class ToyDecoder(nn.Module):
+    """Blocks that give a tensor or, as before transformers 5, a tuple."""
+
+    def __init__(self, *, as_tuple: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+        self.as_tuple = as_tuple
+        for layer in self.layers if as_tuple else ():
+            layer.register_forward_hook(lambda _module, _inputs, output: (output, "attention"))
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_hidden_layers=3))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            output = layer(hidden)
+            hidden = output[0] if self.as_tuple else output
+        return hidden
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "layers"),
+    [
+        (28, (7, 14, 21)),
+        (24, (6, 12, 18)),
+        (6, (2, 3, 4)),  # 1.5 and 4.5 go to the even neighbour
+        (10, (2, 5, 8)),  # 2.5 and 7.5
+        (36, (9, 18, 27)),
+    ],
+)
+def test_fractions_round_halves_to_even(num_blocks: int, layers: tuple[int, ...]) -> None:
+    assert tapped_layers(num_blocks, (0.25, 0.5, 0.75)) == layers
+
+
+def test_the_whole_depth_is_the_last_block() -> None:
+    assert tapped_layers(8, (0.0, 1.0)) == (0, 7)
+
+
+def test_indices_replace_fractions_and_keep_their_order() -> None:
+    assert tapped_layers(8, (0.25, 0.5), (5, 1)) == (5, 1)
+
+
+@pytest.mark.parametrize("index", [-1, 8])
+def test_an_index_outside_the_model_is_refused(index: int) -> None:
+    with pytest.raises(ConfigError, match="blocks 0 to 7"):
+        tapped_layers(8, (), (index,))
+
+
+def test_a_block_named_twice_is_refused() -> None:
+    with pytest.raises(ConfigError, match="twice") as caught:
+        tapped_layers(2, (0.25, 0.5, 0.75))
+    assert "--layer-index" in str(caught.value)
+
+
+def test_tuple_and_tensor_outputs_give_the_same_latents() -> None:
+    hidden = torch.randn(2, 5, 3)
+    kept = []
+    for as_tuple in (False, True):
+        decoder = ToyDecoder(as_tuple=as_tuple)
+        with tap(decoder, (0, 2)) as taps:
+            taps.select(torch.tensor([1, 9]))
+            decoder(hidden)
+            kept.append(taps.latents())
+    assert kept[0].shape == (2, 2, 3)
+    assert torch.equal(kept[0], kept[1])
+    first = ToyDecoder(as_tuple=False).layers[0](hidden)
+    torch.testing.assert_close(kept[0][:, 0], torch.stack([first[0, 1], first[1, 4]]))
+
+
+def test_layers_keep_the_order_asked_for_and_carry_no_gradient() -> None:
+    decoder, hidden = ToyDecoder(as_tuple=False), torch.randn(1, 4, 3)
+    with tap(decoder, (2, 0)) as taps:
+        taps.select(torch.arange(4))
+        last = decoder(hidden)
+    latents = taps.latents()
+    assert last.requires_grad
+    assert not latents.requires_grad
+    torch.testing.assert_close(latents[:, 0], last[0])
+
+
+def test_hooks_leave_with_the_block_of_code_even_after_an_error() -> None:
+    decoder = ToyDecoder(as_tuple=False)
+    with pytest.raises(RuntimeError, match="midway"), tap(decoder, (0, 1)):
+        assert [len(layer._forward_hooks) for layer in decoder.layers] == [1, 1, 0]
+        raise RuntimeError("midway")
+    assert not any(layer._forward_hooks for layer in decoder.layers)
+
+
+def test_latents_of_the_pass_before_are_not_given_twice() -> None:
+    decoder = ToyDecoder(as_tuple=False)
+    with tap(decoder, (1,)) as taps:
+        taps.select(torch.tensor([0]))
+        decoder(torch.randn(1, 2, 3))
+        taps.select(torch.tensor([0]))
+        with pytest.raises(AssertionError, match="did not run"):
+            taps.latents()
+
+
+def test_a_decoder_without_blocks_is_refused() -> None:
+    decoder = ToyDecoder(as_tuple=False)
+    decoder.layers = nn.ModuleList([nn.Linear(3, 3)])
+    with pytest.raises(InputError, match="no list of 3 decoder blocks"):
+        decoder_blocks(decoder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_latents_are_block_outputs_before_the_final_norm(family: str, model_folders: ModelFolders) -> None:
+    policy = model_folders.policy(family)
+    prompt, response = SEQUENCES[1].prompt, SEQUENCES[1].response
+    ids = torch.tensor([[*prompt, *response]])
+    with torch.no_grad():
+        hidden_states = policy.decoder(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    batches = list(forward_batches(policy, SEQUENCES, temperature=1.0, layer_indices=(0, 1, 2, 3), num_prompt=3))
+    latents = next(b.latents[b.indices.index(1)] for b in batches if 1 in b.indices)
+    assert latents.shape == (3 + len(response), 4, HIDDEN)
+    rows = slice(len(prompt) - 3, None)
+    for block in (0, 1, 2):
+        torch.testing.assert_close(latents[:, block], hidden_states[block + 1][0, rows], rtol=1e-4, atol=1e-5)
+    normed = hidden_states[4][0, rows]
+    assert float((latents[:, 3] - normed).abs().max()) > 0.01
+    torch.testing.assert_close(policy.decoder.norm(latents[:, 3]), normed, rtol=1e-4, atol=1e-5)
+
+
+def truncated_latents(model_folders: ModelFolders, family: str, layers: tuple[int, ...]) -> tuple[Any, list[Tensor]]:
+    decoder = load_decoder(model_folders.folder(family), CPU, max(layers) + 1)
+    with tap(decoder, layers) as taps:
+        return decoder, decoder_latents(decoder, taps, SEQUENCES, 2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layers", [(0,), (1, 2), (3, 1)])
+def test_a_truncated_decoder_gives_the_same_latents(
+    family: str, layers: tuple[int, ...], model_folders: ModelFolders
+) -> None:
+    decoder, latents = truncated_latents(model_folders, family, layers)
+    assert len(decoder_blocks(decoder)) == max(layers) + 1
+    policy = model_folders.policy(family)
+    wanted: dict[int, Tensor] = {}
+    for batch in forward_batches(policy, SEQUENCES, temperature=1.0, layer_indices=layers, num_prompt=2):
+        wanted.update(zip(batch.indices, batch.latents, strict=True))
+    for index, ours in enumerate(latents):
+        torch.testing.assert_close(ours, wanted[index], rtol=1e-5, atol=1e-5)
