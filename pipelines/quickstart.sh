@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source pipelines/environment.sh
 
 out="${QUICKSTART_OUT:-runs/quickstart}"
-steps="${QUICKSTART_STEPS:-60}"
+steps="${QUICKSTART_STEPS:-80}"
 seed="${QUICKSTART_SEED:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 begin=$SECONDS

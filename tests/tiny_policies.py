@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tiny_models import VOCABULARY, make_model_folder
 
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.flow.choices import Context
@@ -16,6 +15,7 @@ from rlfr_cli.flow.pairing import Pairing, TappedLayers
 from rlfr_cli.flow.velocity import VelocityNetwork, VelocitySizes
 from rlfr_cli.policy.forward import TokenSequence
 from rlfr_cli.policy.loading import Placement, Policy, load_policy
+from tiny_models import VOCABULARY, make_model_folder
 
 CPU = Placement(torch.device("cpu"), torch.float32)
 CPU_BF16 = Placement(torch.device("cpu"), torch.bfloat16)
@@ -36,7 +36,13 @@ class ModelFolders:
         return folder
 
     def policy(
-        self, family: str = "qwen2", *, tied: bool = True, num_blocks: int = 4, seed: int = 0, placement: Placement = CPU
+        self,
+        family: str = "qwen2",
+        *,
+        tied: bool = True,
+        num_blocks: int = 4,
+        seed: int = 0,
+        placement: Placement = CPU,
     ) -> Policy:
         """A policy of its own with float32 weights: tests may train it."""
         folder = self.folder(family, tied=tied, num_blocks=num_blocks, seed=seed)

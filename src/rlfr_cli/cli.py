@@ -169,6 +169,18 @@ def _show(
         int,
         typer.Option(help="Show N rows: the first of an artifact, the last steps of a run.", metavar="N", min=0),
     ] = 0,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page of a run's or rollouts' tokens, shaded by their numbers.", metavar="FILE"),
+    ] = None,
+    html_responses: Annotated[
+        int,
+        typer.Option(help="Responses on that page at most, whole groups evenly spread.", metavar="N", min=1),
+    ] = 500,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model whose tokenizer that page uses; a run's newest checkpoint by default.", metavar="MODEL"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     with exit_codes():
@@ -179,6 +191,10 @@ def _show(
             console.emit("\n".join(shown.lines()))
         if shown.state == "damaged":
             raise typer.Exit(1)
+        if html is not None:
+            page = importlib.import_module("rlfr_cli.report.page_inputs")
+            count = page.write_rollouts_page(path, html, model=model, num_responses=html_responses)
+            console.log(f"{html}: {count} responses")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def test_every_item_once_and_the_budget_held(lengths: list[int], budget: int) ->
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
 def test_no_batch_could_take_the_next_ones_longest_item(lengths: list[int], budget: int) -> None:
     batches = token_budget_batches(lengths, budget)
-    for batch, _ in zip(batches, batches[1:], strict=False):
+    for batch, _ in pairwise(batches):
         assert (len(batch) + 1) * max(lengths[index] for index in batch) > budget
 
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from recorded import assert_matches, load_recorded
 from safetensors.torch import save_file
-from tiny_models import make_tokenizer
-from tiny_policies import CPU
 from torch import Tensor
 
+from recorded import assert_matches, load_recorded
 from rlfr_cli.policy.forward import TokenSequence, decoder_latents, forward_batches
 from rlfr_cli.policy.loading import load_decoder, load_policy
 from rlfr_cli.policy.tapping import tap, tapped_layers
+from tiny_models import make_tokenizer
+from tiny_policies import CPU
 
 NAMES = ["token_post_1_d32_layers8_s101", "token_pre_1_d32_layers8_s102"]
 

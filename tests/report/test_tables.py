@@ -46,3 +46,12 @@ def test_numbers_sit_right_and_words_left() -> None:
 def test_summaries_are_flat_and_aligned() -> None:
     summary = {"out": "runs", "flow": {"loss": 0.5}, "layers": [{"layer": 7}]}
     assert summary_lines(summary) == ["out        runs", "flow/loss  0.5", "", "layers", "  layer", "      7"]
+
+
+def test_an_estimate_is_one_line_with_its_interval() -> None:
+    estimate = {"value": 0.631, "low": 0.5731, "high": 0.69, "count": 44}
+    assert summary_lines({"auc": estimate}) == ["auc  0.631 (0.5731 to 0.69, n = 44)"]
+
+
+def test_an_estimate_that_the_data_cannot_give_is_a_dash() -> None:
+    assert summary_lines({"auc": {"value": None, "low": None, "high": None, "count": 0}}) == ["auc  -"]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stages.tiny_stages import TinyArtifacts, extract_config, fit_config, sample_config
-from tiny_models import make_model_folder
 
 from rlfr_cli.config.extract_latents import StoreDtype
 from rlfr_cli.stages import extract_latents, fit_flow, sample
+from stages.tiny_stages import TinyArtifacts, extract_config, fit_config, sample_config
+from tiny_models import make_model_folder
 
 NUM_PROBLEMS = 6
 NUM_EXPERT = 14
@@ -44,9 +44,7 @@ def tiny(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyArti
     )
     sample.run(sample_config(tiny.policy, tiny.problems, tiny.rollouts))
     extract_latents.run(
-        extract_config(
-            tiny.policy, tiny.latents, rollouts=tiny.rollouts, layer_index=(2, 5), store=StoreDtype.FLOAT32
-        )
+        extract_config(tiny.policy, tiny.latents, rollouts=tiny.rollouts, layer_index=(2, 5), store=StoreDtype.FLOAT32)
     )
     fit_flow.run(fit_config(tiny.latents, tiny.flow))
     return tiny

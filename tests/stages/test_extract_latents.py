@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from stages.tiny_stages import TinyArtifacts, bytes_of, extract_config, interrupt_after
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlfr_cli.artifacts.folder import StageFolder
@@ -22,6 +21,7 @@ from rlfr_cli.errors import ConfigError, InputError, OutputSpaceError, Stopped, 
 from rlfr_cli.policy.forward import TokenSequence, forward_batches
 from rlfr_cli.policy.loading import load_policy, resolve_placement
 from rlfr_cli.stages import extract_latents
+from stages.tiny_stages import TinyArtifacts, bytes_of, extract_config, interrupt_after
 
 
 def sequences_of(path: Path) -> list[tuple[torch.Tensor, list[int]]]:
@@ -113,7 +113,13 @@ def test_a_conversation_keeps_its_own_system_message(random_model: Path, tmp_pat
         out = tmp_path / "out"
         extract_latents.run(
             extract_config(
-                random_model, out, data=str(data), messages_column="messages", prompt=prompt, max_shift=11, overwrite=True
+                random_model,
+                out,
+                data=str(data),
+                messages_column="messages",
+                prompt=prompt,
+                max_shift=11,
+                overwrite=True,
             )
         )
         return sequences_of(out)[0][1]
@@ -122,15 +128,18 @@ def test_a_conversation_keeps_its_own_system_message(random_model: Path, tmp_pat
     own = [{"role": "system", "content": "be brief"}]
     with_own = token_ids(own, PromptConfig(system_prompt="ours"))
     with_ours = token_ids([], PromptConfig(system_prompt="ours"))
-    assert tokenizer.decode(with_own) == "brief<|end|><|user|>2+2<|end|><|assistant|>4<|end|>"[-len(tokenizer.decode(with_own)):]
-    assert tokenizer.decode(with_ours).startswith("ours<|end|><|user|>2+2")
+    rest = "<|end|><|user|>2+2<|end|><|assistant|>4<|end|>"
+    assert tokenizer.decode(with_own) == "rief" + rest
+    assert tokenizer.decode(with_ours) == "ours" + rest
 
 
 def test_a_conversation_without_a_response_is_refused(tiny: TinyArtifacts, tmp_path: Path) -> None:
     data = tmp_path / "chat.jsonl"
     data.write_text(json.dumps({"messages": [{"role": "user", "content": "1+1"}]}) + "\n")
     with pytest.raises(InputError, match="its last message is not the assistant's"):
-        extract_latents.run(expert_config(tiny, tmp_path / "o", data=str(data), messages_column="messages", id_column=None))
+        extract_latents.run(
+            expert_config(tiny, tmp_path / "o", data=str(data), messages_column="messages", id_column=None)
+        )
 
 
 def test_parts_and_stops_give_the_bytes_of_one_run(
@@ -142,9 +151,10 @@ def test_parts_and_stops_give_the_bytes_of_one_run(
         )
 
     extract_latents.run(config(part="2/2"))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         interrupt_after(patch, StageFolder, "write_tensors", 1)
-        extract_latents.run(config())
+        with pytest.raises(Stopped):
+            extract_latents.run(config())
     assert not (tmp_path / "manifest.json").exists()
     extract_latents.run(config())
     assert bytes_of(tmp_path) == bytes_of(tiny.latents)
@@ -155,7 +165,12 @@ def test_only_the_blocks_up_to_the_deepest_tapped_one_are_loaded(
 ) -> None:
     loaded: list[Any] = []
     real = extract_latents.load_decoder
-    monkeypatch.setattr(extract_latents, "load_decoder", lambda *args: loaded.append(real(*args)) or loaded[0])
+
+    def spy(*args: Any) -> Any:
+        loaded.append(real(*args))
+        return loaded[-1]
+
+    monkeypatch.setattr(extract_latents, "load_decoder", spy)
     summary = extract_latents.run(expert_config(tiny, tmp_path, layer_index=(2, 1)))
     whole = AutoModelForCausalLM.from_pretrained(tiny.policy)
     block = sum(p.numel() for p in whole.model.layers[0].parameters())

@@ -6,9 +6,17 @@ import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlfr_cli.artifacts.folder import StageFolder
+from rlfr_cli.artifacts.rollouts import RolloutRow, iter_rollouts
+from rlfr_cli.config.common import GradingConfig
+from rlfr_cli.errors import ConfigError, OutputInUseError, Stopped
+from rlfr_cli.stages import sample
 from stages.tiny_stages import (
     TinyArtifacts,
     bytes_of,
@@ -17,13 +25,6 @@ from stages.tiny_stages import (
     sampling_of,
     start_rlfr,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from rlfr_cli.artifacts.folder import StageFolder
-from rlfr_cli.artifacts.rollouts import RolloutRow, iter_rollouts
-from rlfr_cli.config.common import GradingConfig
-from rlfr_cli.errors import ConfigError, OutputInUseError, Stopped
-from rlfr_cli.stages import sample
 
 
 def rows_of(path: Path) -> list[RolloutRow]:
@@ -103,7 +104,7 @@ def test_temperature_zero_takes_the_likeliest_token(tiny: TinyArtifacts, tmp_pat
         tiny.policy, tiny.problems, tmp_path / "greedy", sampling=sampling_of(temperature=0.0), group_size=1
     )
     sample.run(config)
-    model = AutoModelForCausalLM.from_pretrained(tiny.policy)
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny.policy)
     for row in rows_of(tmp_path / "greedy"):
         prompt = torch.tensor([row.prompt_token_ids])
         theirs = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=32)
@@ -134,9 +135,10 @@ def test_a_stopped_run_continues_to_the_bytes_of_an_unbroken_one(
     tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = sample_config(tiny.policy, tiny.problems, tmp_path)
-    with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
+    with monkeypatch.context() as patch:
         interrupt_after(patch, StageFolder, "write_table", 2)
-        sample.run(config)
+        with pytest.raises(Stopped) as caught:
+            sample.run(config)
     assert caught.value.exit_code == 130
     assert "the same command continues" in str(caught.value)
     assert not (tmp_path / "manifest.json").exists()
@@ -266,7 +268,9 @@ def test_a_stop_text_ends_a_response_with_it(tiny: TinyArtifacts, tmp_path: Path
 
 def test_a_reward_of_the_users_sees_the_response_and_pays_it(tiny: TinyArtifacts, tmp_path: Path) -> None:
     reward = tmp_path / "my_reward.py"
-    reward.write_text("def length(inputs):\n    return [len(i.response) + 100 * (i.grade == 'correct') for i in inputs]\n")
+    reward.write_text(
+        "def length(inputs):\n    return [len(i.response) + 100 * (i.grade == 'correct') for i in inputs]\n"
+    )
     grading = GradingConfig(reward=f"{reward}:length")
     sample.run(sample_config(tiny.policy, tiny.problems, tmp_path / "out", grading=grading))
     for row in rows_of(tmp_path / "out"):

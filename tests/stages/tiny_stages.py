@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -157,3 +158,8 @@ def rlfr(*arguments: object) -> tuple[int, str, str]:
     process = start_rlfr(*arguments)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def rows_of_metrics(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged, one object a step."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -17,7 +17,7 @@ from rlfr_cli.artifacts.files import read_json, sha256_file
 from rlfr_cli.artifacts.shards import RUN_AGAIN_HINT, ShardRecord
 from rlfr_cli.errors import ArtifactError, MissingInputError
 
-FORMAT_VERSIONS = {"rollouts": 1, "latents": 1, "scores": 1, "eval": 1, "flow-fit": 1, "run": 1}
+FORMAT_VERSIONS = {"rollouts": 1, "latents": 1, "scores": 1, "diagnosis": 1, "eval": 1, "flow-fit": 1, "run": 1}
 STAGE_KEYS = ("kind", "format_version", "config", "inputs", "seed", "num_units", "versions", "files")
 
 

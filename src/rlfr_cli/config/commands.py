@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlfr_cli.config.common import MACHINE_PANEL
+from rlfr_cli.config.diagnose import DiagnoseConfig
 from rlfr_cli.config.evaluate import EvalConfig
 from rlfr_cli.config.extract_latents import ExtractLatentsConfig
 from rlfr_cli.config.fields import LeafOption, StageConfig, leaf_options
@@ -52,6 +53,11 @@ COMMANDS: dict[str, Command] = {
         ScoreConfig,
         "rlfr_cli.stages.score",
         "Measure how far each token of responses deviates from a flow: writes scores.",
+    ),
+    "diagnose": Command(
+        DiagnoseConfig,
+        "rlfr_cli.stages.diagnose",
+        "Say whether a flow's scores carry signal beyond simple quantities: writes diagnosis.json and plots.",
     ),
     "train-rl": Command(
         TrainRlConfig,

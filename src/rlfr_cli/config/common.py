@@ -148,3 +148,13 @@ def check_part(part: str | None) -> None:
     match = None if part is None else re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", part)
     if part is not None and (match is None or int(match[1]) > int(match[2])):
         raise ConfigError(f"--part must be I/N with I from 1 to N, such as 3/16, got {part!r}")
+
+
+def check_page_file(path: Path | None) -> None:
+    """Check `--html`: a name by which a browser opens it, and by which nothing else is overwritten.
+
+    Raises:
+        ConfigError: it ends with neither .html nor .htm, or is a folder.
+    """
+    if path is not None and (path.suffix.lower() not in (".html", ".htm") or path.is_dir()):
+        raise ConfigError(f"--html must be a file whose name ends with .html, got {str(path)!r}")

@@ -16,7 +16,11 @@ class FitOptimiserConfig(ConfigGroup):
     """The published fit: AdamW, cosine after a warm-up, two epochs."""
 
     epochs: float = option(2.0, help="Passes over the training sequences.", exclusive_minimum=0)
-    steps: int | None = option(None, help="Optimiser steps, in place of --epochs.", minimum=1)
+    steps: int | None = option(
+        None,
+        help="Optimiser steps, in place of --epochs; 0 with --init-from takes that flow as it is.",
+        minimum=0,
+    )
     sequences_per_step: int = option(32, help="Sequences of one optimiser step.", minimum=1)
     max_sequence_tokens: int = option(8192, help="Tokens of a sequence that are used.", minimum=2)
     learning_rate: float = option(1e-4, help="Highest learning rate.", exclusive_minimum=0)
@@ -61,3 +65,7 @@ class FitFlowConfig(CommonConfig):
         super().__post_init__()
         if not self.latents:
             raise ConfigError("LATENTS must name at least one folder of latents")
+        if self.optimiser.steps == 0 and self.init_from is None:
+            raise ConfigError(
+                "--steps 0 would leave a new flow as it begins", hint="give 1 or more, or --init-from with a flow"
+            )

@@ -173,6 +173,8 @@ class TrainRlConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.overwrite and self.resume:
+            raise ConfigError("--overwrite and --resume exclude each other: one deletes what the other continues")
         if self.flow is not None and self.new_flow:
             raise ConfigError("--flow and --new-flow exclude each other, got both")
         if self.flow is None and not self.new_flow and self.scores is not ScoreSource.FLOW:
@@ -194,5 +196,11 @@ class TrainRlConfig(CommonConfig):
             )
         if self.sampling.temperature == 0:
             raise ConfigError("--temperature 0 gives every response of a group alike; train with one above 0")
+        samples = self.evaluation.eval_samples
+        if self.evaluation.eval_temperature == 0 and samples > 1:
+            raise ConfigError(
+                f"--eval-temperature 0 gives the same response every time, got --eval-samples {samples}",
+                hint="use --eval-samples 1, or a temperature above 0",
+            )
         if self.policy_loss.kl_coef > 0 and self.policy_loss.reference_model is None:
             raise ConfigError("--kl-coef needs --reference-model")

@@ -95,17 +95,29 @@ def layer_errors(
     layer_position: float,
 ) -> Tensor:
     """Errors [n, K] of one layer, mean over pairings and draws."""
+    return draw_errors(network, targets_nD, conditions_PnC, noise_SnD, times_K, layer_position).mean(dim=1)
+
+
+def draw_errors(
+    network: VelocityNetwork,
+    targets_nD: Tensor,
+    conditions_PnC: Sequence[Tensor],
+    noise_SnD: Sequence[Tensor],
+    times_K: Tensor,
+    layer_position: float,
+) -> Tensor:
+    """Errors [n, S, K] of one layer and each noise draw, mean over pairings."""
     layer = network.embed_layers(torch.tensor([layer_position], device=targets_nD.device))
     fixed_KW = network.embed_times(times_K) + layer
-    errors_nK = targets_nD.new_zeros(targets_nD.shape[0], times_K.numel())
+    errors_nSK = targets_nD.new_zeros(targets_nD.shape[0], len(noise_SnD), times_K.numel())
     for conditions in conditions_PnC:
         condition_nW = network.embed_condition(conditions)
         for k in range(times_K.numel()):
             modulation = network.modulate(condition_nW + fixed_KW[k])
-            for noise in noise_SnD:
+            for draw, noise in enumerate(noise_SnD):
                 velocity = network.velocity(noised_latents(targets_nD, noise, times_K[k : k + 1]), modulation)
-                errors_nK[:, k] += squared_errors(velocity, targets_nD, noise)
-    return errors_nK / (len(conditions_PnC) * len(noise_SnD))
+                errors_nSK[:, draw, k] += squared_errors(velocity, targets_nD, noise)
+    return errors_nSK / len(conditions_PnC)
 
 
 @torch.no_grad()

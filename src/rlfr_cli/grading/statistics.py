@@ -132,10 +132,10 @@ def auc_with_interval(scores: ArrayLike, labels: ArrayLike) -> Estimate:
     p, n = len(positive), len(negative)
     if min(p, n) == 0:
         return Estimate(None, None, None, len(score))
-    ranks = _midranks(np.concatenate([positive, negative]))
+    ranks = midranks(np.concatenate([positive, negative]))
     # Each positive's share of negatives below it, and each negative's share of positives above it.
-    below = (ranks[:p] - _midranks(positive)) / n
-    above = 1 - (ranks[p:] - _midranks(negative)) / p
+    below = (ranks[:p] - midranks(positive)) / n
+    above = 1 - (ranks[p:] - midranks(negative)) / p
     value = float(below.mean())
     variance = below.var(ddof=1) / p + above.var(ddof=1) / n if min(p, n) > 1 else 0.0
     if variance <= 1e-15:
@@ -158,22 +158,47 @@ def within_problem_auc(
     of ``num_resamples`` bootstrap means over problems; Wilson's for n problems where all areas are equal.
     ``count`` is the number of problems with both classes.
     """
+    areas = problem_areas(scores, labels, problem_ids)
+    return bootstrap_mean(list(areas.values()), seed=seed, num_resamples=num_resamples)
+
+
+def problem_areas(scores: ArrayLike, labels: ArrayLike, problem_ids: Sequence[object]) -> dict[object, float]:
+    """The area under the curve of each problem that has both classes."""
     score, label = np.asarray(scores, dtype=np.float64), np.asarray(labels).astype(bool)
     rows: dict[object, list[int]] = {}
     for row, problem_id in enumerate(problem_ids):
         rows.setdefault(problem_id, []).append(row)
-    estimates = [auc_with_interval(score[index], label[index]).value for index in rows.values()]
-    areas = np.array([area for area in estimates if area is not None])
-    count = len(areas)
+    areas = {name: auc_with_interval(score[index], label[index]).value for name, index in rows.items()}
+    return {name: area for name, area in areas.items() if area is not None}
+
+
+def bootstrap_mean(values: Sequence[float], *, seed: int, num_resamples: int = 2000, is_share: bool = True) -> Estimate:
+    """Mean with the 2.5 and 97.5 percentile of bootstrap means.
+
+    Args:
+        is_share: values lie in [0, 1], and the interval is Wilson's where all are equal; otherwise None then.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    count = len(array)
     if count == 0:
         return Estimate(None, None, None, 0)
-    value = float(areas.mean())
-    if count < 2 or np.ptp(areas) == 0:
-        return Estimate(value, *wilson_interval(value, count), count)
+    value = float(array.mean())
+    if count < 2 or np.ptp(array) == 0:
+        return Estimate(value, *(wilson_interval(value, count) if is_share else (None, None)), count)
     generator = np.random.default_rng(seed)
-    resampled = [areas[generator.integers(count, size=count)].mean() for _ in range(num_resamples)]
+    return Estimate(
+        value,
+        *percentile_interval(
+            np.array([array[generator.integers(count, size=count)].mean() for _ in range(num_resamples)])
+        ),
+        count,
+    )
+
+
+def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles of bootstrap values."""
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Estimate(value, float(low), float(high), count)
+    return float(low), float(high)
 
 
 def student_t_quantile(degrees: int) -> float:
@@ -209,7 +234,7 @@ def _half_width(means: np.ndarray) -> float:
     return student_t_quantile(len(means) - 1) * float(means.std(ddof=1)) / math.sqrt(len(means))
 
 
-def _midranks(values: np.ndarray) -> np.ndarray:
+def midranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 1, ties sharing their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)

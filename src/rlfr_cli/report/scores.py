@@ -6,14 +6,15 @@ its valid tokens. The control is the mean negative log-probability of the respon
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import ArrayLike
 
-from rlfr_cli.grading.statistics import auc_with_interval, within_problem_auc
+from rlfr_cli.grading.statistics import Estimate, auc_with_interval, within_problem_auc
 
 MIN_OCCURRENCES = 5
 
@@ -93,34 +94,48 @@ class ScoreSummary:
 
     def _separation(self, values: np.ndarray) -> dict[str, Any]:
         """AUC of wrong against correct, overall and within problems, each with its 95 % interval."""
-        usable = np.array(self.graded) & np.isfinite(values)
-        wrong = np.array(self.wrong)[usable]
-        ids = [name for name, ok in zip(self.problem_ids, usable, strict=True) if ok]
-        return {
-            "auc": asdict(auc_with_interval(values[usable], wrong)),
-            "auc_within_problem": asdict(within_problem_auc(values[usable], wrong, ids, seed=self.seed)),
-        }
+        overall, within = separation(values, self.wrong, self.graded, self.problem_ids, seed=self.seed)
+        return {"auc": asdict(overall), "auc_within_problem": asdict(within)}
 
     def _tokens(self) -> dict[str, Any]:
-        """Tokens by mean flow reward, those seen at least ``MIN_OCCURRENCES`` times."""
-        rows: list[dict[str, Any]] = [
-            {
-                "token": self._text(token),
-                "count": count,
-                "mean_flow_reward": reward / count,
-                "mean_score": score / count,
-            }
-            for token, (count, reward, score) in self.by_token.items()
-            if count >= MIN_OCCURRENCES
-        ]
-        rows.sort(key=lambda row: (row["mean_flow_reward"], -row["count"]))
-        if not rows or not self.examples:
-            return {}
-        half = min(self.examples, (len(rows) + 1) // 2)
-        return {"most_penalised_tokens": rows[:half], "least_penalised_tokens": rows[-half:][::-1]}
+        return token_examples(self.by_token, self.examples, self._text)
 
     def _text(self, token: int) -> str:
         return str(token) if self.tokenizer is None else repr(self.tokenizer.decode([token]))
+
+
+def separation(
+    values: np.ndarray, wrong: ArrayLike, graded: ArrayLike, problem_ids: Sequence[str], *, seed: int
+) -> tuple[Estimate, Estimate]:
+    """AUC of wrong against correct responses, overall (DeLong) and within problems (bootstrap over problems).
+
+    Only responses that are graded and whose value is finite count.
+    """
+    usable = np.asarray(graded, dtype=bool) & np.isfinite(values)
+    labels = np.asarray(wrong, dtype=bool)[usable]
+    ids = [name for name, ok in zip(problem_ids, usable, strict=True) if ok]
+    return auc_with_interval(values[usable], labels), within_problem_auc(values[usable], labels, ids, seed=seed)
+
+
+def token_examples(
+    by_token: Mapping[int, tuple[int, float, float]], examples: int, text: Callable[[int], str]
+) -> dict[str, Any]:
+    """Tokens by mean flow reward, those seen at least ``MIN_OCCURRENCES`` times.
+
+    Args:
+        by_token: count, sum of flow rewards and sum of scores of each token id.
+        examples: most rows of each end.
+    """
+    rows: list[dict[str, Any]] = [
+        {"token": text(token), "count": count, "mean_flow_reward": reward / count, "mean_score": score / count}
+        for token, (count, reward, score) in by_token.items()
+        if count >= MIN_OCCURRENCES
+    ]
+    rows.sort(key=lambda row: (row["mean_flow_reward"], -row["count"]))
+    if not rows or not examples:
+        return {}
+    half = min(examples, (len(rows) + 1) // 2)
+    return {"most_penalised_tokens": rows[:half], "least_penalised_tokens": rows[-half:][::-1]}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -72,7 +72,15 @@ def _is_table(value: Any) -> bool:
 
 def _flatten(summary: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in summary.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value.keys() == {"value", "low", "high", "count"}:
+            yield f"{prefix}{key}", _estimate_text(value)
+        elif isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}/")
         else:
             yield f"{prefix}{key}", value
+
+
+def _estimate_text(estimate: Mapping[str, Any]) -> str:
+    """``0.631 (0.573 to 0.69, n = 44)``: a value, its 95 % interval and the number of independent units."""
+    value, low, high = (format_value(estimate[key]) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high}, n = {estimate['count']})" if estimate["value"] is not None else "-"

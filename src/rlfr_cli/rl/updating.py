@@ -107,7 +107,7 @@ def update_policy(
                 raise WorkError(
                     f"loss or gradient was not finite in {counts.skipped_in_a_row} optimiser steps in a row "
                     f"(loss {loss}, gradient norm {outcome.gradient_norm})",
-                    hint="go on from the last checkpoint with --resume and a lower --learning-rate",
+                    hint="start another run with a lower --learning-rate and, as --model, the last checkpoint's model/",
                 )
     model.eval()
     return _metrics(sums, counts, rate)

@@ -47,6 +47,11 @@ class ModelInput:
     def context_length(self) -> int | None:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def rms_epsilon(self) -> float:
+        """That of the language model's norms, which the published velocity network takes over."""
+        return float(getattr(self.config.get_text_config(), "rms_norm_eps", None) or 1e-6)
+
 
 @dataclass(frozen=True)
 class PromptedProblems:

@@ -26,6 +26,7 @@ from rlfr_cli.stages.common import ModelInput, open_model, open_output, parse_pa
 from rlfr_cli.stages.responses import (
     Responses,
     check_prompts_hold,
+    check_vocabulary,
     read_expert_responses,
     read_rollout_responses,
 )
@@ -41,6 +42,7 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
     num_blocks = model.fingerprint.num_blocks
     layers = tapped_layers(num_blocks, config.layer_fraction, config.layer_index)
     responses = _open_responses(config, model)
+    check_vocabulary(responses, model)
     check_prompts_hold(responses, config.max_shift)
     num_tokens = _kept_tokens(config, responses, responses.units)
     bytes_per_token = latents_bytes(1, len(layers), model.fingerprint.hidden_size, config.store)
@@ -69,7 +71,7 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
                 _extract_units(config, model, responses, folder, missing, decoder, taps)
     if not folder.complete:
         facts = _info(config, model, responses, layers).to_extra()
-        folder.finish({**facts, "rms_norm_eps": _rms_epsilon(model)})
+        folder.finish({**facts, "rms_norm_eps": model.rms_epsilon})
     return {**plan, "complete": folder.complete, "units_missing": len(folder.missing_units())}
 
 
@@ -104,11 +106,6 @@ def _info(
         model=model.fingerprint,
         source=responses.fingerprint,
     )
-
-
-def _rms_epsilon(model: ModelInput) -> float:
-    """The language model's own epsilon, which the published velocity network takes over."""
-    return float(getattr(model.config.get_text_config(), "rms_norm_eps", None) or 1e-6)
 
 
 def _extract_units(

@@ -22,12 +22,13 @@ from rlfr_cli import console
 from rlfr_cli.artifacts.files import canonical_json, read_json, sha256_file, write_atomically
 from rlfr_cli.artifacts.flow_file import FlowHeader, flow_fingerprint
 from rlfr_cli.artifacts.folder import StageFolder
+from rlfr_cli.artifacts.shards import open_tensors, read_metadata, save_tensors
 from rlfr_cli.config.fields import to_table
 from rlfr_cli.config.fit_flow import FitFlowConfig
-from rlfr_cli.config.flow import NetworkConfig, Normalisation
+from rlfr_cli.config.flow import Normalisation
 from rlfr_cli.config.schedules import Schedule
 from rlfr_cli.engines.adamw import NamedAdamW
-from rlfr_cli.errors import ConfigError, MismatchError, OutputInUseError, Stopped, WorkError, during_work
+from rlfr_cli.errors import OutputInUseError, Stopped, WorkError, during_work
 from rlfr_cli.flow.flow import Flow
 from rlfr_cli.flow.matching import accumulate_matching_gradients
 from rlfr_cli.flow.noise import keyed_generator
@@ -36,20 +37,22 @@ from rlfr_cli.ordering import shuffled_items
 from rlfr_cli.policy.loading import resolve_placement
 from rlfr_cli.rl.schedule import learning_rate_at
 from rlfr_cli.stages.flow_evaluation import evaluate_velocity, verdict
-from rlfr_cli.stages.flows import load_flow, new_flow, new_header, write_flow
-from rlfr_cli.stages.importing import import_published
+from rlfr_cli.stages.flows import load_flow, write_flow
+from rlfr_cli.stages.initial_flow import check_neighbours, initial_flow
 from rlfr_cli.stages.latent_sequences import LatentSequences
 
 EVALUATION = "evaluation.json"
+STATE = "state.safetensors"
+WEIGHTS = "weights/"
 FILES = (
     "statistics.safetensors",
     "last.safetensors",
-    "state.safetensors",
-    "state.json",
+    STATE,
     "metrics.jsonl",
     EVALUATION,
 )
 MAX_BAD_STEPS = 3
+NOT_FINITE_HINT = "check the latents with `rlfr show --verify`, or lower --learning-rate"
 
 
 def run(config: FitFlowConfig) -> dict[str, Any]:
@@ -60,11 +63,11 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
     """
     data = LatentSequences(config.latents, config.optimiser.max_sequence_tokens)
     training, heldout = data.split(config.holdout_fraction, config.max_holdout_sequences, config.seed)
-    header, initial = _begin(config, data)
-    _check_prompt_tokens(header, data)
-    total_steps = config.optimiser.steps or math.ceil(
-        config.optimiser.epochs * len(training) / config.optimiser.sequences_per_step
-    )
+    header, initial = initial_flow(config, data)
+    check_neighbours(header, data, training)
+    total_steps = config.optimiser.steps
+    if total_steps is None:
+        total_steps = math.ceil(config.optimiser.epochs * len(training) / config.optimiser.sequences_per_step)
     folder = _open_output(config, data, initial)
     parameters = sum(p.numel() for p in initial.network.parameters())
     plan = {
@@ -85,47 +88,6 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
             fit.run()
             folder.finish({"flow": flow_fingerprint(config.out)})
     return {**plan, **_results(config)}
-
-
-def _begin(config: FitFlowConfig, data: LatentSequences) -> tuple[FlowHeader, Flow]:
-    """Header and flow that the fit starts from: new, a flow of ours, or a published one."""
-    device = resolve_placement(config.device, config.dtype).device
-    fresh = new_header(
-        config.network,
-        model=data.info.model,
-        layer_indices=data.info.layer_indices,
-        rms_epsilon=data.rms_epsilon,
-    )
-    if config.init_from is None:
-        return fresh, new_flow(fresh, config.seed, device)
-    if config.init_from.suffix in (".bin", ".pt", ".pth"):
-        return import_published(config.init_from, fresh, device)
-    header, flow = load_flow(config.init_from, device)
-    if config.network != NetworkConfig():
-        raise ConfigError(
-            f"options of a new flow (--context, --depth …) are given, and {config.init_from} brings its own",
-            hint="leave them out",
-        )
-    if header.layer_indices != data.info.layer_indices or header.num_blocks != data.info.num_blocks:
-        raise MismatchError(
-            f"{config.init_from} was fitted on blocks {list(header.layer_indices)} of {header.num_blocks}, and the "
-            f"latents hold blocks {list(data.info.layer_indices)} of {data.info.num_blocks}"
-        )
-    if header.latent_size != data.info.hidden_size:
-        raise MismatchError(
-            f"{config.init_from} was fitted on hidden size {header.latent_size}, the latents have "
-            f"{data.info.hidden_size}"
-        )
-    return replace(header, model=data.info.model, heldout_loss=None, train_loss=None), flow
-
-
-def _check_prompt_tokens(header: FlowHeader, data: LatentSequences) -> None:
-    shift = max(pairing["shift"] for pairing in header.pairings)
-    if shift > data.info.num_prompt_tokens:
-        raise MismatchError(
-            f"a shift of {shift} needs as many prompt tokens, and the latents keep {data.info.num_prompt_tokens}",
-            hint=f"extract latents with --max-shift {shift}, or fit with a smaller --shift",
-        )
 
 
 def _open_output(config: FitFlowConfig, data: LatentSequences, initial: Flow) -> StageFolder | None:
@@ -162,7 +124,7 @@ def _open_output(config: FitFlowConfig, data: LatentSequences, initial: Flow) ->
 
 def fit_folder_of(out: Path) -> Path:
     """``flow.fit/`` beside ``flow.safetensors``."""
-    return out.with_suffix(".fit")
+    return out.with_name(out.name.removesuffix(".safetensors") + ".fit")
 
 
 def _results(config: FitFlowConfig) -> dict[str, Any]:
@@ -200,32 +162,34 @@ class _Fit:
         )
         self.step, self.tokens_seen, self.bad_steps = 0, 0, 0
         self.best_loss, self.train_loss = math.inf, math.nan
-        self.gaussian = self._statistics()
-        if config.network.normalisation is Normalisation.CHANNEL and flow.statistics is None:
-            flow.statistics = self.gaussian
 
     def run(self) -> None:
         """Train to the last step, keep the best flow, and judge it."""
-        self._resume()
-        console.log(f"fitting a flow of {sum(p.numel() for p in self.flow.network.parameters()):,} parameters")
-        if self.step == 0:
-            self._save(self._heldout_loss())
         try:
-            with console.progress("fitting", total=self.total_steps, unit="steps", done=self.step) as bar:
-                while self.step < self.total_steps:
-                    loss = self._train_step()
-                    note = f"loss {loss:.4g}"
-                    if self.step % self.eval_every == 0 or self.step == self.total_steps:
-                        heldout = self._heldout_loss()
-                        self._save(heldout)
-                        note += "" if heldout is None else f", held-out {heldout:.4g}"
-                    bar.advance(1, note=note)
+            gaussian = self._statistics()
+            if self.config.network.normalisation is Normalisation.CHANNEL and self.flow.statistics is None:
+                self.flow.statistics = gaussian
+            console.log(f"fitting a flow of {sum(p.numel() for p in self.flow.network.parameters()):,} parameters")
+            if not self._resume():
+                self._save(self._heldout_loss())
+            self._train()
+            self._judge(gaussian)
         except KeyboardInterrupt:
             raise Stopped(
                 f"stopped; the state of the last evaluation is kept in {self.folder}",
                 hint="the same command continues from it",
             ) from None
-        self._judge()
+
+    def _train(self) -> None:
+        with console.progress("fitting", total=self.total_steps, unit="steps", done=self.step) as bar:
+            while self.step < self.total_steps:
+                loss = self._train_step()
+                note = f"loss {loss:.4g}"
+                if self.step % self.eval_every == 0 or self.step == self.total_steps:
+                    heldout = self._heldout_loss()
+                    self._save(heldout)
+                    note += "" if heldout is None else f", held-out {heldout:.4g}"
+                bar.advance(1, note=note)
 
     def _statistics(self) -> LatentStatistics:
         """Mean and deviation of the training tokens, per layer and channel; kept for a resumed fit."""
@@ -271,7 +235,7 @@ class _Fit:
         if self.bad_steps >= MAX_BAD_STEPS:
             raise WorkError(
                 f"loss or gradient was not finite in {self.bad_steps} steps in a row (loss {self.train_loss})",
-                hint="check the latents with `rlfr show --verify`, or lower --learning-rate",
+                hint=NOT_FINITE_HINT,
             )
         self.tokens_seen += int(result.weight_sum)
         self._log({"loss": self.train_loss, "learning_rate": rate, "gradient_norm": outcome.gradient_norm})
@@ -299,12 +263,15 @@ class _Fit:
             weight += float(result.weight_sum)
         if weight == 0:
             return None
+        if not math.isfinite(total):
+            raise WorkError(f"the held-out loss is {total} at step {self.step}", hint=NOT_FINITE_HINT)
         self._log({"heldout_loss": total / weight})
         return total / weight
 
     def _log(self, values: dict[str, float]) -> None:
+        finite = {key: _finite(value) for key, value in values.items()}
         with open(self.folder / "metrics.jsonl", "ab") as file:
-            file.write(canonical_json({"step": self.step, **values}) + b"\n")
+            file.write(canonical_json({"step": self.step, **finite}) + b"\n")
 
     def _save(self, heldout: float | None) -> None:
         """Write the last flow and its state, and the flow itself if it is the best so far."""
@@ -312,49 +279,61 @@ class _Fit:
             self.header,
             steps=self.header.steps + self.step,
             tokens_seen=self.header.tokens_seen + self.tokens_seen,
-            train_loss=None if math.isnan(self.train_loss) else self.train_loss,
+            train_loss=_finite(self.train_loss),
             heldout_loss=heldout,
         )
         if heldout is None or heldout < self.best_loss:
             self.best_loss = math.inf if heldout is None else heldout
             write_flow(self.config.out, header, self.flow)
         write_flow(self.folder / "last.safetensors", header, self.flow)
-        moments = {name: value.contiguous() for name, value in self.optimiser.state_tensors().items()}
-        write_atomically(self.folder / "state.safetensors", save(moments))
-        state = {
+        # One file, so that a kill never leaves weights of one step beside moments of another.
+        weights = {f"{WEIGHTS}{name}": value for name, value in self.flow.network.state_dict().items()}
+        counters = {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "train_loss": None if math.isnan(self.train_loss) else self.train_loss,
-            "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
+            "train_loss": _finite(self.train_loss),
+            "best_loss": _finite(self.best_loss),
         }
-        write_atomically(self.folder / "state.json", canonical_json(state))
+        tensors = weights | self.optimiser.state_tensors()
+        write_atomically(self.folder / STATE, lambda partial: save_tensors(partial, tensors, counters))
 
-    def _resume(self) -> None:
-        if not (self.folder / "state.json").is_file():
-            return
-        state = read_json(self.folder / "state.json")
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        self.train_loss = math.nan if state["train_loss"] is None else state["train_loss"]
-        self.best_loss = math.inf if state["best_loss"] is None else state["best_loss"]
-        _, last = load_flow(self.folder / "last.safetensors", self.flow.device)
-        self.flow.network.load_state_dict(last.network.state_dict())
-        self.optimiser.load_state_tensors(load_file(self.folder / "state.safetensors"))
-        lines = (self.folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
-        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
-        write_atomically(self.folder / "metrics.jsonl", b"".join(line + b"\n" for line in kept))
-        if self.step:
+    def _resume(self) -> bool:
+        """Take the saved state, if there is one, and forget what was logged after it."""
+        path, counters = self.folder / STATE, None
+        if path.is_file():
+            with open_tensors(path) as opened:
+                counters = read_metadata(opened.metadata())
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        if counters is not None:
+            self.step, self.tokens_seen = counters["step"], counters["tokens_seen"]
+            self.train_loss = math.nan if counters["train_loss"] is None else counters["train_loss"]
+            self.best_loss = math.inf if counters["best_loss"] is None else counters["best_loss"]
+            weights = {name.removeprefix(WEIGHTS): t for name, t in tensors.items() if name.startswith(WEIGHTS)}
+            self.flow.network.load_state_dict(weights)
+            self.optimiser.load_state_tensors(tensors)
             console.log(f"continuing after step {self.step} of {self.total_steps}")
+        metrics = self.folder / "metrics.jsonl"
+        if metrics.is_file():
+            lines = metrics.read_bytes().split(b"\n")[:-1] if counters is not None else []
+            kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+            write_atomically(metrics, b"".join(line + b"\n" for line in kept))
+        return counters is not None
 
-    def _judge(self) -> None:
+    def _judge(self, gaussian: LatentStatistics) -> None:
         """Velocity error of the best flow by timestep and layer, beside its baselines; say plainly what it means."""
         header, best = load_flow(self.config.out, self.flow.device)
-        results: dict[str, Any] = {"train_loss": self.train_loss, "heldout_loss": header.heldout_loss}
-        results["best_step"] = header.steps
+        results: dict[str, Any] = {"train_loss": _finite(self.train_loss), "heldout_loss": header.heldout_loss}
+        results["best_step"] = header.steps - self.header.steps
         judged = self.heldout or self.training
-        rows = evaluate_velocity(best, self.gaussian, self.data, judged, self.config.seed, self.placement.dtype)
+        rows = evaluate_velocity(best, gaussian, self.data, judged, self.config.seed, self.placement.dtype)
         results["judged_on"] = "held-out sequences" if self.heldout else "training sequences (none held out)"
         results["velocity_error"] = rows
         results["verdict"] = verdict(rows)
         if not results["verdict"]["beats_gaussian"]:
             console.warn(results["verdict"]["text"])
         write_atomically(self.folder / EVALUATION, canonical_json(results, indent=2))
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None, which JSON knows, for one that is not finite."""
+    return value if math.isfinite(value) else None

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from rlfr_cli.flow.baselines import VelocityErrors
-from rlfr_cli.flow.deviation import chunk_noise, keyed_noise, layer_errors
+from rlfr_cli.flow.deviation import NoiseSource, chunk_noise, keyed_noise, layer_errors
 from rlfr_cli.flow.flow import Flow
-from rlfr_cli.flow.matching import autocast
+from rlfr_cli.flow.matching import DEFAULT_TOKENS_PER_CHUNK, autocast, chunks
 from rlfr_cli.flow.normalisation import LatentStatistics
+from rlfr_cli.flow.pairing import PairedLatents
 from rlfr_cli.stages.latent_sequences import LatentSequences
 
 TIMESTEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -45,22 +46,33 @@ def evaluate_velocity(
     if flow.statistics is not None:
         units = LatentStatistics.identity(*gaussian.mean_JD.shape).to(flow.device)
     errors = VelocityErrors(units, len(flow.layers.indices), TIMESTEPS)
-    times_K = torch.tensor(TIMESTEPS, device=flow.device)
     chosen = list(sequences[:MAX_SEQUENCES])
     for start in range(0, len(chosen), SEQUENCES_AT_ONCE):
         part = chosen[start : start + SEQUENCES_AT_ONCE]
-        latents = [data.read(index).to(flow.device) for index in part]
-        pairs = flow.pair(latents, data.info.num_prompt_tokens)
-        noise = keyed_noise(seed, [f"judged {index}" for index in part], pairs)
-        rows = slice(0, pairs.paired.num_valid)
+        pairs = flow.pair([data.read(index).to(flow.device) for index in part], data.info.num_prompt_tokens)
+        add_velocity_errors(errors, flow, pairs, keyed_noise(seed, [f"judged {index}" for index in part], pairs), dtype)
+    return velocity_rows(flow, errors)
+
+
+@torch.no_grad()
+def add_velocity_errors(
+    errors: VelocityErrors, flow: Flow, pairs: PairedLatents, noise: NoiseSource, dtype: torch.dtype
+) -> None:
+    """Add the errors of all valid tokens of a batch, of the flow and of the baselines, on one noise draw."""
+    times_K = torch.tensor(errors.timesteps, device=flow.device)
+    for rows in chunks(pairs.paired.num_valid, DEFAULT_TOKENS_PER_CHUNK):
         for column, (layer, position) in enumerate(zip(flow.layers.indices, flow.layers.positions, strict=True)):
             targets = pairs.targets(column, rows)
             drawn = chunk_noise(noise, pairs.paired, rows, layer, 0)
             conditions = [pairs.conditions(column, pairing, rows) for pairing in range(len(flow.pairings))]
             with autocast(flow.device, dtype):
                 errors_nK = layer_errors(flow.network, targets, conditions, [drawn], times_K, position)
-            for k in range(len(TIMESTEPS)):
+            for k in range(len(errors.timesteps)):
                 errors.update(column, k, targets, drawn, errors_nK[:, k])
+
+
+def velocity_rows(flow: Flow, errors: VelocityErrors) -> list[dict[str, Any]]:
+    """One row a layer and timestep, as ``evaluate_velocity`` gives them."""
     return [
         {
             "layer": layer,
@@ -71,7 +83,7 @@ def evaluate_velocity(
             "share_of_gaussian_removed": float(errors.share_removed_JK[column, k]),
         }
         for column, layer in enumerate(flow.layers.indices)
-        for k, timestep in enumerate(TIMESTEPS)
+        for k, timestep in enumerate(errors.timesteps)
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from rlfr_cli.artifacts.latents import LatentsFolder
+from rlfr_cli.artifacts.latents import LatentsFolder, LatentsInfo
 from rlfr_cli.errors import InputError, MismatchError
 from rlfr_cli.flow.noise import keyed_generator
 
@@ -79,10 +79,14 @@ class LatentSequences:
         return sorted(order[held:]), sorted(order[:held])
 
 
+def _model_text(info: LatentsInfo) -> str:
+    return f"{info.model.architecture}, weights {info.model.weights_sha256[:16]}…"
+
+
 def _check_same_origin(first: LatentsFolder, other: LatentsFolder) -> None:
     a, b = first.info, other.info
     for name, ours, theirs in (
-        ("the model", a.model, b.model),
+        ("the model", *map(_model_text, (a, b))),
         ("layers", a.layer_indices, b.layer_indices),
         ("prompt tokens kept", a.num_prompt_tokens, b.num_prompt_tokens),
     ):

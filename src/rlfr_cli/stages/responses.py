@@ -162,6 +162,21 @@ def _fit_context(
     return cut
 
 
+def check_vocabulary(responses: Responses, model: ModelInput) -> None:
+    """Refuse token ids that the model does not have: those of another model's tokenizer.
+
+    Raises:
+        InputError: naming the largest id and the vocabulary.
+    """
+    largest = max(pc.max(pc.list_flatten(responses.table[name])).as_py() or 0 for name in TOKEN_COLUMNS)
+    if largest >= model.fingerprint.vocab_size:
+        raise InputError(
+            f"the responses hold the token id {largest}, and the model's vocabulary ends at "
+            f"{model.fingerprint.vocab_size - 1}",
+            hint="give the model that drew these responses, or one with the same tokenizer",
+        )
+
+
 def check_prompts_hold(responses: Responses, num_prompt: int) -> None:
     """Refuse prompts shorter than the prompt tokens that pairings reach back to.
 

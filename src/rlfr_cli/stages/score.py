@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from rlfr_cli import console
-from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits, flow_fingerprint, read_flow_header
+from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits, flow_fingerprint
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.latents import LatentsFolder
 from rlfr_cli.artifacts.scores import ScoreRow, score_table
@@ -24,11 +24,12 @@ from rlfr_cli.policy.batching import token_budget_batches
 from rlfr_cli.policy.forward import decoder_latents
 from rlfr_cli.policy.loading import load_decoder, resolve_placement
 from rlfr_cli.policy.tapping import tap
+from rlfr_cli.report.page_inputs import write_scores_page
 from rlfr_cli.report.scores import ScoreSummary
 from rlfr_cli.rl.measuring import flow_rewards
 from rlfr_cli.stages.common import ModelInput, open_model, open_output, parse_part, stopping
 from rlfr_cli.stages.flows import load_flow
-from rlfr_cli.stages.responses import Responses, check_prompts_hold, read_rollout_responses
+from rlfr_cli.stages.responses import Responses, check_prompts_hold, check_vocabulary, read_rollout_responses
 
 # Response latents [prompt tokens kept + T, J, D] with the row they belong to.
 LatentRow = tuple[int, torch.Tensor]
@@ -40,13 +41,13 @@ def run(config: ScoreConfig) -> dict[str, Any]:
     Raises:
         RlfrError: anything wrong with config, inputs or output folder, before work starts.
     """
-    header = read_flow_header(config.flow)
+    header, flow = load_flow(config.flow, resolve_placement(config.device, config.dtype).device)
     if config.latents is not None:
-        return _score_latents(config, header)
-    return _score_rollouts(config, header)
+        return _score_latents(config, header, flow)
+    return _score_rollouts(config, header, flow)
 
 
-def _score_rollouts(config: ScoreConfig, header: FlowHeader) -> dict[str, Any]:
+def _score_rollouts(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict[str, Any]:
     assert config.model is not None
     assert config.rollouts is not None
     model = open_model(config.model, config)
@@ -54,6 +55,7 @@ def _score_rollouts(config: ScoreConfig, header: FlowHeader) -> dict[str, Any]:
         console.warn(warning)
     responses = read_rollout_responses(config.rollouts, config.problems_per_shard, limit=config.limit)
     num_prompt = max(pairing["shift"] for pairing in header.pairings)
+    check_vocabulary(responses, model)
     check_prompts_hold(responses, num_prompt)
     inputs = {
         "flow": flow_fingerprint(config.flow),
@@ -71,15 +73,31 @@ def _score_rollouts(config: ScoreConfig, header: FlowHeader) -> dict[str, Any]:
     missing = folder.missing_units(parse_part(config.part))
     if missing:
         with during_work(), stopping(config.out):
-            _, flow = load_flow(config.flow, model.placement.device)
             _score_rollout_units(config, model, flow, responses, folder, missing)
     if not folder.complete:
         folder.finish(_extra(config, header))
     if not folder.complete:
+        if config.html is not None:
+            console.log(f"{config.html} is not written yet: it shows the scores of all parts")
         return {**plan, "complete": False, "units_missing": len(folder.missing_units())}
     summary = ScoreSummary(config.seed, config.examples, model.tokenizer)
-    for unit, rows in enumerate(responses.units):
-        summary.add(folder.read_table(unit), responses.rows(rows))
+    tables = [folder.read_table(unit) for unit in range(len(responses.units))]
+    for table, rows in zip(tables, responses.units, strict=True):
+        summary.add(table, responses.rows(rows))
+    if config.html is not None:
+        with during_work():
+            plan["html"] = str(config.html)
+            plan["responses_on_page"] = write_scores_page(
+                config.html,
+                scores=tables,
+                rollouts=responses.table,
+                tokenizer=model.tokenizer,
+                header=header,
+                flow=(config.flow.name, flow_fingerprint(config.flow)),
+                model=model.fingerprint,
+                reward=config.flow_reward,
+                num_responses=config.html_responses,
+            )
     return {**plan, "complete": True, **summary.result()}
 
 
@@ -110,7 +128,7 @@ def _score_rollout_units(
             folder.write_table(unit, score_table(scored, per_layer_timestep=config.per_layer))
 
 
-def _score_latents(config: ScoreConfig, header: FlowHeader) -> dict[str, Any]:
+def _score_latents(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict[str, Any]:
     assert config.latents is not None
     latents = LatentsFolder(config.latents)
     _check_latents_fit(header, latents)
@@ -122,20 +140,22 @@ def _score_latents(config: ScoreConfig, header: FlowHeader) -> dict[str, Any]:
         return {"dry_run": True, **plan}
     missing = folder.missing_units(parse_part(config.part))
     if missing:
-        with during_work(), stopping(config.out):
-            _, flow = load_flow(config.flow, placement.device)
-            with console.progress("scoring", total=len(missing), unit="shards") as bar:
-                for unit in missing:
-                    scored = _score(
-                        config,
-                        flow,
-                        latents.read_names(unit),
-                        _shard_batches(latents, unit, config.tokens_per_batch, placement.device),
-                        latents.info.num_prompt_tokens,
-                        placement.dtype,
-                    )
-                    folder.write_table(unit, score_table(scored, per_layer_timestep=config.per_layer))
-                    bar.advance()
+        with (
+            during_work(),
+            stopping(config.out),
+            console.progress("scoring", total=len(missing), unit="shards") as bar,
+        ):
+            for unit in missing:
+                scored = _score(
+                    config,
+                    flow,
+                    latents.read_names(unit),
+                    _shard_batches(latents, unit, config.tokens_per_batch, placement.device),
+                    latents.info.num_prompt_tokens,
+                    placement.dtype,
+                )
+                folder.write_table(unit, score_table(scored, per_layer_timestep=config.per_layer))
+                bar.advance()
     if not folder.complete:
         folder.finish(_extra(config, header))
     if not folder.complete:

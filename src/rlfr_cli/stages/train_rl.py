@@ -73,10 +73,11 @@ class Plan:
             "problems": len(self.problems.prompted),
             "responses_per_step": responses,
             "optimiser_steps": self.total_steps * minibatches * optimiser.epochs_per_batch,
-            "flow": self._flow_text(),
+            "flow": self.flow_text(),
         }
 
-    def _flow_text(self) -> str:
+    def flow_text(self) -> str:
+        """Which flow pays token rewards, and whether it learns."""
         if self.header is None:
             return "none: plain RLVR"
         contexts = ", ".join(f"{p['context']} {p['shift']}" for p in self.header.pairings)
@@ -119,8 +120,15 @@ def run(config: TrainRlConfig) -> dict[str, Any]:
             return _summary(plan, folder)
         if folder.resumed:
             console.log(f"resuming {config.out} after step {done}")
+        console.log(f"training for {plan.total_steps} steps; flow: {plan.flow_text()}")
         with during_work():
-            _train(plan, folder, pool)
+            try:
+                _train(plan, folder, pool)
+            except KeyboardInterrupt:
+                raise Stopped(
+                    f"stopped at once; {config.out} keeps its last checkpoint, of step {folder.latest_step()}",
+                    hint="the same command with --resume goes on",
+                ) from None
         return _summary(plan, folder)
 
 
@@ -181,8 +189,7 @@ def _flow_header(config: TrainRlConfig, model: ModelInput) -> FlowHeader | None:
     if not config.new_flow:
         return None
     layers = tapped_layers(model.fingerprint.num_blocks, config.layer_fraction)
-    epsilon = float(getattr(model.config.get_text_config(), "rms_norm_eps", None) or 1e-6)
-    return new_header(config.network, model=model.fingerprint, layer_indices=layers, rms_epsilon=epsilon)
+    return new_header(config.network, model=model.fingerprint, layer_indices=layers, rms_epsilon=model.rms_epsilon)
 
 
 def _check_prompts(prompted: Sequence[PromptedProblem], shift: int) -> None:
@@ -203,7 +210,8 @@ def _train(plan: Plan, folder: RunFolder, pool: GradingPool) -> None:
         StopRequest() as stop,
         RunLogs(config, folder.path, start) as logs,
     ):
-        if start == 0 and plan.heldout is not None:
+        # A run that was stopped before its first checkpoint has this line already.
+        if plan.heldout is not None and start == 0 and not folder.read_metrics():
             logs.add(folder, 0, trainer.evaluate(0))
         with console.progress("training", total=plan.total_steps, unit="steps", done=start) as bar:
             for step in range(start + 1, plan.total_steps + 1):

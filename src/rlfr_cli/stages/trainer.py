@@ -352,7 +352,6 @@ class Trainer:
             state = {
                 "step": step,
                 "counts": asdict(self.counts),
-                "flow_steps": self.flow_steps,
                 "empty_references": self.empty_references,
             }
             write_atomically(folder / "trainer" / STATE, canonical_json(state))
