@@ -83,7 +83,11 @@ def _stage_section(name: str, command: Command) -> str:
 def _plain_section(name: str, made: object) -> str:
     """Describe a command that has no config, from what typer made of it."""
     params = [param for param in made.params if param.name != "help"]  # type: ignore[attr-defined]
-    arguments = [param.metavar for param in params if param.param_type_name == "argument"]
+    arguments = [
+        f"{param.metavar}..." if param.nargs == -1 else param.metavar
+        for param in params
+        if param.param_type_name == "argument"
+    ]
     names = [[param.metavar] if param.param_type_name == "argument" else param.opts for param in params]
     rows = [
         (", ".join(f"`{name}`" for name in own_names), param.help)

@@ -43,6 +43,10 @@ step "6/6 eval: held-out problems, four responses each at temperature 1"
 evaluate base data/policy
 for run in rlvr rlfr random; do evaluate "$run" "$(checkpoint "$run")"; done
 
+step "what the runs did: tokens and what they were paid, and their metrics side by side"
+rlfr show "$out/rlfr" --html "$out/tokens.html" > /dev/null
+rlfr plot "RLVR=$out/rlvr" "RLFR=$out/rlfr" "random scores=$out/random" --out "$out/runs.png"
+
 printf '\n' >&2
 python -m rlfr_cli.report.compare "base=$out/eval-base" "RLVR=$out/eval-rlvr" "RLFR=$out/eval-rlfr" \
     "random scores=$out/eval-random"
@@ -54,4 +58,5 @@ $((SECONDS - begin)) s. What was made, each explained by \`rlfr show PATH\`:
   $out/flow.safetensors    the flow, and how it was judged: $out/flow.fit/evaluation.json
   $out/scores              deviation, score and flow reward of every token
   $out/rlvr, rlfr, random  runs: metrics.jsonl, rollouts, checkpoints (plain Hugging Face folders)
+Open in a browser: $out/tokens.html (which tokens the flow rewarded), $out/runs.png (the runs side by side).
 TABLE

@@ -7,7 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
+from rlfr_cli.cli import app
 from rlfr_cli.config.commands import COMMANDS
 from rlfr_cli.config.fields import leaf_options
 from rlfr_cli.config.recipe import read_recipe, resolve
@@ -55,7 +57,7 @@ def test_every_script_is_valid_bash(script: Path) -> None:
 
 def test_the_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in (*COMMANDS, "show"):
+    for command in (*COMMANDS, "show", "plot"):
         assert f"rlfr {command}" in text, command
 
 
@@ -68,7 +70,8 @@ def test_links_of_the_pages_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_flags_named_by_the_pages_exist(page: Path) -> None:
     known = {leaf.flag for command in COMMANDS.values() for leaf in leaf_options(command.config)}
-    known |= {"--config", "--preset", "--json", "--quiet", "--verify", "--rows", "--help", "--version"}
+    known |= {"--config", "--preset", "--json", "--quiet", "--help", "--version"}
+    known |= {flag for made in get_command(app).commands.values() for param in made.params for flag in param.opts}  # type: ignore[attr-defined]
     known |= {"--no-" + flag.removeprefix("--") for flag in known}
     named = set(re.findall(r"`(--[a-z][a-z0-9-]*)", page.read_text(encoding="utf-8")))
     assert sorted(named - known) == []

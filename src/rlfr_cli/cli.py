@@ -34,6 +34,9 @@ RUN_OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "quiet": (bool, ("--quiet", "-q"), "Say only warnings and errors."),
 }
 
+PLOT_HELP = (
+    "Draw runs side by side from their metrics: accuracy, reward, entropy, length, what the flow says, and more."
+)
 SHOW_HELP = "Say what an artifact is, what it was made from, and whether it is whole; exits with 1 if damaged."
 
 app = typer.Typer(
@@ -179,7 +182,9 @@ def _show(
     ] = 500,
     model: Annotated[
         str | None,
-        typer.Option(help="Model whose tokenizer that page uses; a run's newest checkpoint by default.", metavar="MODEL"),
+        typer.Option(
+            help="Model whose tokenizer that page uses; a run's newest checkpoint by default.", metavar="MODEL"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
@@ -195,6 +200,33 @@ def _show(
             page = importlib.import_module("rlfr_cli.report.page_inputs")
             count = page.write_rollouts_page(path, html, model=model, num_responses=html_responses)
             console.log(f"{html}: {count} responses")
+
+
+@app.command("plot", help=PLOT_HELP)
+def _plot(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="Run folders, each RUN or NAME=RUN; those of one name, such as seeds, are drawn as mean and band.",
+            metavar="RUN",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .png or .svg file to write.", metavar="FILE")] = Path(
+        "plot.png"
+    ),
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="Draw this key of metrics.jsonl in place of the usual ones; may be repeated.", metavar="KEY"),
+    ] = None,
+    smooth: Annotated[int, typer.Option(help="Draw the mean of the last N steps; 1 is off.", metavar="N", min=1)] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    with exit_codes():
+        drawn = importlib.import_module("rlfr_cli.report.plot").plot(runs, out, metrics=metric or (), smooth=smooth)
+        if as_json:
+            console.emit_json(drawn)
+        else:
+            console.print_summary("rlfr plot", drawn)
 
 
 if __name__ == "__main__":

@@ -60,13 +60,17 @@ def test_chunks_keep_no_logits_for_the_backward_pass(monkeypatch: pytest.MonkeyP
 
     head, hidden = nn.Linear(HIDDEN, VOCABULARY), torch.randn(NUM_TOKENS, HIDDEN, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        token_logprobs(head, hidden, torch.zeros(NUM_TOKENS, dtype=int), temperature=1.0, vocab_size=VOCABULARY)
+        token_logprobs(head, hidden, torch.zeros(NUM_TOKENS, dtype=torch.int64), temperature=1.0, vocab_size=VOCABULARY)
     assert not any(shape[-1:] == (VOCABULARY,) and len(shape) == 2 and shape[0] != HIDDEN for shape in kept)
 
 
 def test_no_tokens_give_empty_float32() -> None:
     logprobs, entropies = token_logprobs(
-        nn.Linear(HIDDEN, VOCABULARY), torch.zeros(0, HIDDEN), torch.zeros(0, dtype=int), temperature=1.0, vocab_size=9
+        nn.Linear(HIDDEN, VOCABULARY),
+        torch.zeros(0, HIDDEN),
+        torch.zeros(0, dtype=torch.int64),
+        temperature=1.0,
+        vocab_size=9,
     )
     assert logprobs.shape == entropies.shape == (0,)
     assert logprobs.dtype == entropies.dtype == torch.float32

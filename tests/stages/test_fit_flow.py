@@ -16,6 +16,7 @@ from rlfr_cli.config.extract_latents import StoreDtype
 from rlfr_cli.config.flow import NetworkConfig, Normalisation
 from rlfr_cli.errors import ArtifactError, ConfigError, InputError, MismatchError, OutputInUseError, Stopped, WorkError
 from rlfr_cli.flow.choices import Context
+from rlfr_cli.flow.noise import response_noise
 from rlfr_cli.flow.published import to_published
 from rlfr_cli.stages import extract_latents, fit_flow
 from rlfr_cli.stages.flow_evaluation import TIMESTEPS
@@ -131,6 +132,7 @@ def test_held_out_sequences_are_never_trained_on(
 ) -> None:
     read: list[int] = []
     trained: set[int] = set()
+    measured: set[int] = set()
     real_read, real_accumulate = LatentSequences.read, fit_flow.accumulate_matching_gradients
 
     def spy_read(self: LatentSequences, index: int) -> torch.Tensor:
@@ -138,8 +140,7 @@ def test_held_out_sequences_are_never_trained_on(
         return real_read(self, index)
 
     def spy_accumulate(*args: Any, backward: bool = True, **kwargs: Any) -> Any:
-        if backward:
-            trained.update(read)
+        (trained if backward else measured).update(read)
         read.clear()
         return real_accumulate(*args, backward=backward, **kwargs)
 
@@ -160,7 +161,8 @@ def test_held_out_sequences_are_never_trained_on(
     training, heldout = LatentSequences(config.latents, 8192).split(0.25, 256, 0)
     assert len(heldout) == 6
     assert trained == set(training) == statistics
-    assert not trained & set(heldout)
+    assert measured == set(heldout)
+    assert not trained & measured
 
 
 def test_a_pass_takes_every_training_sequence_once(tiny: TinyArtifacts, tmp_path: Path) -> None:
@@ -359,6 +361,20 @@ def test_every_layer_and_timestep_is_judged_beside_its_baselines(unbroken: Path,
         assert row["share_of_gaussian_removed"] == pytest.approx(1 - row["flow"] / row["gaussian"], rel=1e-6)
         assert 0 < row["gaussian"] <= row["zero"] * (1 + 1e-9)
     assert summary["judged_on"] == "held-out sequences"
+
+
+def test_a_flow_is_judged_on_the_valid_response_tokens_that_were_held_out(tiny: TinyArtifacts) -> None:
+    rows = json.loads((tiny.flow.with_suffix(".fit") / "evaluation.json").read_text())["velocity_error"]
+    data = LatentSequences((tiny.latents,), 8192)
+    _, heldout = data.split(0.25, 256, 0)
+    for column, layer in enumerate((2, 5)):
+        errors = []
+        for index in heldout:
+            response = data.read(index)[1:, column]  # without the prompt token
+            noise = response_noise(0, f"judged {index}", layer, 0, num_tokens=len(response), size=128)
+            errors.append((response - noise)[:-1].square().mean(-1))  # the last token has no next one
+        zero = [row["zero"] for row in rows if row["layer"] == layer]
+        assert zero == pytest.approx([float(torch.cat(errors).mean())] * len(TIMESTEPS), rel=1e-5)
 
 
 def test_a_flow_that_does_not_beat_the_gaussian_is_said_so_loudly(

@@ -113,6 +113,11 @@ class SamplingConfig(ConfigGroup):
         16384, help="Most tokens, prompts and responses at full length, of one generation batch.", minimum=1
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if "" in self.stop:
+            raise ConfigError("--stop must not be empty: it would end every response at once")
+
 
 @dataclass(frozen=True, kw_only=True)
 class GradingConfig(ConfigGroup):
@@ -137,6 +142,18 @@ class GradingConfig(ConfigGroup):
                 f"--reward must be published, accuracy or FILE.py:FUNCTION, got {self.reward!r}",
                 hint="name a function in a Python file, such as --reward my_reward.py:length_penalty",
             )
+
+
+def refuse_float16(config: CommonConfig) -> None:
+    """Refuse training in float16: its gradients underflow without loss scaling.
+
+    Raises:
+        ConfigError: ``--dtype float16``.
+    """
+    if config.dtype is ComputeDtype.FLOAT16:
+        raise ConfigError(
+            "--dtype float16: small gradients would vanish in training", hint="use bfloat16, which has float32's range"
+        )
 
 
 def check_part(part: str | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlfr_cli.config.common import CommonConfig
+from rlfr_cli.config.common import CommonConfig, refuse_float16
 from rlfr_cli.config.fields import ConfigGroup, group, option
 from rlfr_cli.config.flow import NetworkConfig
 from rlfr_cli.errors import ConfigError
@@ -63,6 +63,7 @@ class FitFlowConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_float16(self)
         if not self.latents:
             raise ConfigError("LATENTS must name at least one folder of latents")
         if self.optimiser.steps == 0 and self.init_from is None:

@@ -39,6 +39,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             },
         },
         "score": {"flow_reward": PUBLISHED_SHAPING},
+        "diagnose": {"flow_reward": PUBLISHED_SHAPING},
         "train-rl": {
             "rollout": {"prompts_per_step": 128, "group_size": 8, "episodes": 5.0},
             "sampling": PUBLISHED_SAMPLING,

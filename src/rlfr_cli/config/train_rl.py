@@ -12,6 +12,7 @@ from rlfr_cli.config.common import (
     ProblemsConfig,
     PromptConfig,
     SamplingConfig,
+    refuse_float16,
 )
 from rlfr_cli.config.extract_latents import DEFAULT_LAYER_FRACTIONS
 from rlfr_cli.config.fields import ConfigGroup, group, option
@@ -173,6 +174,7 @@ class TrainRlConfig(CommonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_float16(self)
         if self.overwrite and self.resume:
             raise ConfigError("--overwrite and --resume exclude each other: one deletes what the other continues")
         if self.flow is not None and self.new_flow:

@@ -15,6 +15,7 @@ rules.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -107,6 +108,8 @@ def parse_rules(names: Sequence[str], flag: str) -> ReferenceRules:
             raise ConfigError(f"{flag} {text}: no such rule", hint=f"rules are {', '.join(known)}")
         try:
             bound = float(bound_text)
+            if not math.isfinite(bound):
+                raise ValueError
         except ValueError:
             raise ConfigError(f"{flag} {text}: {name} needs a number, such as {name}=0.5") from None
         if name in TOKEN_RULES:

@@ -184,15 +184,11 @@ def bootstrap_mean(values: Sequence[float], *, seed: int, num_resamples: int = 2
         return Estimate(None, None, None, 0)
     value = float(array.mean())
     if count < 2 or np.ptp(array) == 0:
-        return Estimate(value, *(wilson_interval(value, count) if is_share else (None, None)), count)
+        low, high = wilson_interval(value, count) if is_share else (None, None)
+        return Estimate(value, low, high, count)
     generator = np.random.default_rng(seed)
-    return Estimate(
-        value,
-        *percentile_interval(
-            np.array([array[generator.integers(count, size=count)].mean() for _ in range(num_resamples)])
-        ),
-        count,
-    )
+    resampled = [array[generator.integers(count, size=count)].mean() for _ in range(num_resamples)]
+    return Estimate(value, *percentile_interval(np.array(resampled)), count)
 
 
 def percentile_interval(resampled: np.ndarray) -> tuple[float, float]:

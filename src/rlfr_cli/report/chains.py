@@ -52,7 +52,7 @@ def first_wrong_place(problem: str, token_texts: Sequence[str]) -> tuple[int, Pl
             if part and place is None:
                 place = Place(step, part, offset, written.isdigit())
             if written != wanted:
-                in_number = part and (written.isdigit() or wanted.isdigit())
+                in_number = part and (written.isdigit() or (wanted.isdigit() and offset > 0))
                 return (token, place) if in_number and place is not None else None
         start += len(text)
         if start >= len(chain):

@@ -120,9 +120,11 @@ def partial_auc(
     problem = np.repeat(np.arange(num_problems), [len(rows) for rows in pairs])
     first, second = np.concatenate(pairs).T
     dy, dx_C = y[first] - y[second], x_NC[first] - x_NC[second]
+    smallest = 1e-9 * np.abs(y).max()
 
     def areas(weights_P: np.ndarray) -> np.ndarray:
         left = dy - dx_C @ _solve(np.tensordot(weights_P, grams_PCC, 1), weights_P @ moments_PC)
+        left[np.abs(left) < smallest] = 0  # few responses and many controls: nothing is left but rounding
         return np.bincount(problem, (left > 0) + 0.5 * (left == 0)) / np.bincount(problem)
 
     whole = areas(np.ones(num_problems))
@@ -154,7 +156,9 @@ class MatchedAuc:
             for token in np.flatnonzero(positive).tolist()
             if len(negatives[place[token]])
         ]
-        self.weights_RP = _resample_weights(self.num_clusters, seed) if self.num_clusters > 1 else np.ones((0, 1))
+        self.weights_RP = np.zeros((0, self.num_clusters))
+        if self.num_clusters > 1:
+            self.weights_RP = _resample_weights(self.num_clusters, seed)
         self.counts_PP = self._by_clusters(lambda token, others: np.ones(len(others)))
         with np.errstate(invalid="ignore", divide="ignore"):
             self.resampled_counts_R = ((self.weights_RP @ self.counts_PP) * self.weights_RP).sum(axis=1)
@@ -229,14 +233,14 @@ def jaccard(first: np.ndarray, second: np.ndarray) -> float:
     return int((first & second).sum()) / either if either else math.nan
 
 
-def draws_needed(agreement: float, wanted: float = 0.95) -> int | None:
-    """Draws whose mean agrees that well, from the agreement of single draws (Spearman and Brown).
+def draws_needed(agreement: float, num_draws: int, wanted: float = 0.95) -> int | None:
+    """Draws whose mean agrees that well, from the agreement of means of ``num_draws`` (Spearman and Brown).
 
-    n = wanted (1 - agreement) / (agreement (1 - wanted)); None where single draws do not agree at all.
+    n = num_draws × wanted (1 - agreement) / (agreement (1 - wanted)); None where they do not agree at all.
     """
     if not agreement > 0:
         return None
-    return max(1, math.ceil(wanted * (1 - agreement) / (agreement * (1 - wanted)) - 1e-9))
+    return max(1, math.ceil(num_draws * wanted * (1 - agreement) / (agreement * (1 - wanted)) - 1e-9))
 
 
 def _codes(names: Sequence[object] | np.ndarray) -> tuple[np.ndarray, int]:

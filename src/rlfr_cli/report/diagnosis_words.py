@@ -93,9 +93,9 @@ def _responses_in_words(results: Mapping[str, Any], areas: Mapping[str, tuple[An
     score, beyond = areas["score"], areas[PARTIAL]
     best = results["separation"]["best_control"]
     sentences = [
-        f"{opening} {answered.capitalize()}. Within problems its area is {_area(score)}{_meaning(score)}; once "
-        f"negative log-probability, entropy, length, latent norm and token identity are taken out, {_area(beyond)}"
-        f"{_meaning(beyond)}.",
+        f"{opening} {answered.capitalize()}. Within problems the area under its curve is {_area(score)}"
+        f"{_meaning(score)}; once negative log-probability, entropy, length, latent norm and token identity are taken "
+        f"out, {_area(beyond)}{_meaning(beyond)}.",
         f"The control that separates most is {NAMES[best]}, {_area(areas[best])}: the score is "
         f"{_difference(results['separation']['above_best_control'])}.",
         f"With its context shuffled the flow gives {_area(areas['shuffled_context'])}: with the true one it is "
@@ -116,7 +116,7 @@ def _tokens_in_words(results: Mapping[str, Any], areas: Mapping[str, tuple[Any, 
         return [f"{opening} Cannot tell: no first wrong token could be located."]
     best = found["best_control"]
     return [
-        f"{opening} {answered.capitalize()}. Against tokens at the same place in correct responses, its area for "
+        f"{opening} {answered.capitalize()}. Against tokens at the same place in correct responses, the area for "
         f"{found['compared']} first wrong tokens is {_area(areas['score'])}{_meaning(areas['score'])}; with the "
         f"controls taken out, {_area(areas[PARTIAL])}{_meaning(areas[PARTIAL])}. {NAMES[best].capitalize()} gives "
         f"{_area(areas[best])}: the score is {_difference(found['above_best_control'])}."
@@ -175,4 +175,6 @@ def _difference(estimate: Mapping[str, Any]) -> str:
         return "not known to be better or worse"
     if low <= 0 <= high:
         return f"not shown to be better or worse ({value:+.3f}, {low:+.3f} to {high:+.3f})"
-    return f"{'better' if low > 0 else 'worse'} by {abs(value):.3f} ({low:+.3f} to {high:+.3f})"
+    if low > 0:
+        return f"better by {value:.3f} ({low:.3f} to {high:.3f})"
+    return f"worse by {-value:.3f} ({-high:.3f} to {-low:.3f})"

@@ -167,7 +167,7 @@ def _data(rows: Sequence[PageRow]) -> dict[str, Any]:
                 "answer": list(row.answer),
                 "grade": row.grade,
                 "finish": row.finish_reason,
-                "reward": row.reward,
+                "reward": _total(None if row.reward is None else [row.reward], mean=True),
                 "score": _total(row.score, mean=True),
                 "flowReward": _total(of_row["flow_reward"], mean=False),
                 "tokens": [places.setdefault(text, len(places)) for text in entry.token_texts],
@@ -193,6 +193,7 @@ def _bounds(measure: Measure, values: Sequence[Numbers]) -> dict[str, float | No
         return {}
     if measure.scale == "sequential":
         low, high = np.quantile(known, [1 - COLOUR_QUANTILE, COLOUR_QUANTILE])
+        low = 0.0 if 0 <= low < 0.01 * high else low
     else:
         sizes = np.abs(known[known != 0])
         high = np.quantile(sizes, COLOUR_QUANTILE) if len(sizes) else 0.0
@@ -205,7 +206,8 @@ def short_numbers(values: Numbers) -> list[float | None]:
     """Numbers of four significant digits, which halves the page; None for what JSON does not know."""
     exact = np.array(values, dtype=float)  # None becomes NaN
     known = np.isfinite(exact) & (exact != 0)
-    digits = SIGNIFICANT_DIGITS - 1 - np.floor(np.log10(np.abs(exact, where=known, out=np.ones_like(exact))))
+    sizes = np.abs(exact, where=known, out=np.ones_like(exact))
+    digits = np.minimum(SIGNIFICANT_DIGITS - 1 - np.floor(np.log10(sizes)), 300)  # what is smaller becomes 0
     # Powers of ten above 1 are exact, so each way of scaling back gives the nearest number to the decimal.
     up, down = 10.0 ** np.maximum(digits, 0), 10.0 ** np.maximum(-digits, 0)
     rounded = np.round(exact * up / down) / up * down
@@ -218,4 +220,7 @@ def _total(values: Numbers | None, *, mean: bool) -> float | None:
     known = [value for value in values or () if value is not None]
     if not known:
         return None
-    return short_numbers([sum(known) / (len(known) if mean else 1)])[0]
+    total = sum(known)
+    # Centred rewards sum to 0 but for rounding.
+    total = 0.0 if abs(total) < 1e-6 * sum(map(abs, known)) else total
+    return short_numbers([total / len(known) if mean else total])[0]

@@ -98,7 +98,12 @@ def write_scores_page(
         row.deviation, row.score = score["deviation"], score["score"]
         row.flow_reward = [value or 0.0 for value in score["flow_reward"]]
         rows.append(PageRow(row, texts.of(row.response_token_ids)))
-    facts = {"flow": f"{flow[0]}, fingerprint {_digest(flow[1])}", "model": _model_text(model), **_flow_facts(header), **_reward_facts(to_table(reward))}
+    facts = {
+        "flow": f"{flow[0]}, fingerprint {_digest(flow[1])}",
+        "model": _model_text(model),
+        **_flow_facts(header),
+        **_reward_facts(to_table(reward)),
+    }
     write_atomically(html, make_page(facts, rows, rollouts.num_rows).encode())
     return len(rows)
 

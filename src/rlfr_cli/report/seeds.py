@@ -1,7 +1,7 @@
 """Quickstarts of several seeds in one table: ``python -m rlfr_cli.report.seeds RUN_OF_SEED_0 RUN_OF_SEED_1 …``.
 
-Reads the ``eval-*`` folders of each run; prints every seed's accuracy, and the mean over seeds of the gain over the base
-policy with its 95 % t interval. The seeds are the unit here: the interval covers the luck of training.
+Reads the ``eval-*`` folders of each run; prints every seed's accuracy, and the mean over seeds of the gain over
+the base policy with its 95 % t interval. The seeds are the unit here: the interval covers the luck of training.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A UTF-8 character has at most four bytes, so a token that still adds nothing whole after four is no character's part.
-MAX_PENDING = 4
+# A UTF-8 character has at most four bytes; what is no text after twice as many tokens is shown as it is.
+MAX_PENDING = 8
 
 
 class TokenTexts:
@@ -35,14 +35,16 @@ class TokenTexts:
         begin, shown = 0, 0  # the first token whose characters are not all shown, and how many of them are
         for index in range(len(ids)):
             context = ids[max(begin - 1, 0) : begin]
-            fresh = self._decode(ids[max(begin - 1, 0) : index + 1])[len(self._decode(context)) :]
+            if self._decode(context).endswith(REPLACEMENT):
+                context = ()  # a character begun in it would count as shown
+            fresh = self._decode(context + ids[begin : index + 1])[len(self._decode(context)) :]
             whole = fresh.rstrip(REPLACEMENT)
             if len(whole) == len(fresh) or index + 1 - begin >= MAX_PENDING or index + 1 == len(ids):
                 texts.append(fresh[shown:])
                 begin, shown = index + 1, 0
             else:
                 texts.append(whole[shown:])
-                shown = max(shown, len(whole))
+                shown = len(whole)
         return texts
 
     def _decode(self, ids: tuple[int, ...]) -> str:

@@ -164,11 +164,11 @@ def _noise_agreement(measured: Measured) -> dict[str, Any]:
         }
         for place, num in enumerate(NUM_DRAWS)
     ]
-    single = rows[0]["spearman"]
+    most, agreement = NUM_DRAWS[-1], rows[-1]["spearman"]
     return {
         "responses": len(measured.agreements),
         "rows": rows,
-        "draws_needed": None if single is None else draws_needed(single),
+        "draws_needed": None if agreement is None else draws_needed(agreement, most),
     }
 
 
