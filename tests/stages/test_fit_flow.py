@@ -159,20 +159,35 @@ def test_held_out_sequences_are_never_trained_on(
     config = fit_config(tiny.latents, tmp_path / "flow.safetensors")
     fit_flow.run(config)
     training, heldout = LatentSequences(config.latents, 8192).split(0.25, 256, 0)
-    assert len(heldout) == 6
+    assert len(heldout) == 4
     assert trained == set(training) == statistics
     assert measured == set(heldout)
     assert not trained & measured
+
+
+def test_the_responses_to_one_problem_are_all_held_out_or_all_trained_on(tiny: TinyArtifacts) -> None:
+    data = LatentSequences([tiny.latents], 8192)
+    names = [name for shard in range(data.folders[0].num_shards) for name, _ in data.folders[0].read_names(shard)]
+    for seed in range(5):
+        training, heldout = data.split(0.4, 256, seed)
+        assert len(heldout) == 8
+        assert not {names[index] for index in training} & {names[index] for index in heldout}
+        assert sorted([*training, *heldout]) == list(range(len(names)))
+
+
+def test_one_problem_is_held_out_where_each_has_more_responses_than_are_wanted(tiny: TinyArtifacts) -> None:
+    training, heldout = LatentSequences([tiny.latents], 8192).split(0.05, 256, 0)
+    assert (len(training), len(heldout)) == (20, 4)
 
 
 def test_a_pass_takes_every_training_sequence_once(tiny: TinyArtifacts, tmp_path: Path) -> None:
     plan = fit_flow.run(
         fit_config(tiny.latents, tmp_path / "f", dry_run=True, optimiser={"steps": None, "epochs": 3.0})
     )
-    assert (plan["training_sequences"], plan["heldout_sequences"], plan["steps"]) == (18, 6, 7)
+    assert (plan["training_sequences"], plan["heldout_sequences"], plan["steps"]) == (20, 4, 8)
     out = tmp_path / "flow.safetensors"
-    fit_flow.run(fit_config(tiny.latents, out, optimiser={"steps": None, "epochs": 1.0, "sequences_per_step": 9}))
-    one_less = plan["training_tokens"] - 18  # the last token of a response has no next one
+    fit_flow.run(fit_config(tiny.latents, out, optimiser={"steps": None, "epochs": 1.0, "sequences_per_step": 10}))
+    one_less = plan["training_tokens"] - 20  # the last token of a response has no next one
     last = tmp_path / "flow.fit" / "last.safetensors"
     assert read_flow_header(last).tokens_seen == one_less
 

@@ -691,3 +691,21 @@ def test_flow_rewards_are_the_penalty_that_was_asked_for(tiny: TinyArtifacts, tm
         assert (valid < 0).sum() == 3
         highest = np.argsort(row.score[:-1])[-3:]
         assert set(np.flatnonzero(valid < 0)) == set(highest)
+
+
+def test_flow_options_without_a_flow_are_said_to_be_unused(
+    tiny: TinyArtifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_rl.run(plain_config(tiny, tmp_path / "run", dry_run=True))
+    assert "not used" not in capsys.readouterr().err
+    train_rl.run(plain_config(tiny, tmp_path / "run", dry_run=True, flow_reward=FlowRewardConfig(coef=0.5)))
+    assert "not used" in capsys.readouterr().err
+
+
+def test_a_dry_run_tells_the_size_of_a_checkpoint(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    told = train_rl.run(full_config(tiny, tmp_path / "dry", dry_run=True))["checkpoint_bytes"]
+    config = full_config(tiny, tmp_path / "run")
+    train_rl.run(config)
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    written = sum(file.stat().st_size for file in newest.rglob("*.safetensors"))
+    assert abs(told - written) < 0.05 * written

@@ -37,6 +37,7 @@ class CommonConfig(StageConfig):
         "auto",
         help="Where to compute: auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
         panel=MACHINE_PANEL,
+        path=True,
     )
     dtype: ComputeDtype = option(
         ComputeDtype.AUTO,

@@ -31,6 +31,7 @@ from rlfr_cli.policy.prompts import PromptRenderer, check_prompt_lengths
 from rlfr_cli.rl.rollouts import PromptedProblem
 
 LISTED_PROBLEMS = 5
+BYTES_OF_ID, BYTES_OF_LOGPROB, BYTES_OF_TEXT = 4, 4, 4  # of one response token
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,15 @@ def stopping(out: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise Stopped(f"stopped; the finished units in {out} are kept", hint="the same command continues") from None
+
+
+def most_rollout_bytes(problems: PromptedProblems, num_samples: int, max_new_tokens: int) -> int:
+    """Bytes that rollouts take if every response is as long as it may be; texts count four bytes a token."""
+    prompt_bytes = sum(
+        4 * len(entry.prompt_token_ids) + len(entry.problem.problem.encode()) for entry in problems.prompted
+    )
+    response_bytes = max_new_tokens * (BYTES_OF_ID + BYTES_OF_LOGPROB + BYTES_OF_TEXT)
+    return num_samples * (prompt_bytes + len(problems.prompted) * response_bytes)
 
 
 def units_of(num_items: int, items_per_unit: int) -> list[range]:

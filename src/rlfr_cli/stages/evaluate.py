@@ -25,6 +25,7 @@ from rlfr_cli.policy.loading import load_policy
 from rlfr_cli.rl.rollouts import PromptedProblem, Responder
 from rlfr_cli.stages.common import (
     grading_pool,
+    most_rollout_bytes,
     open_model,
     open_output,
     parse_part,
@@ -72,6 +73,7 @@ def run(config: EvalConfig) -> dict[str, Any]:
                 "problems": len(problems.prompted),
                 "responses": responses,
                 "most_new_tokens": responses * config.sampling.max_new_tokens,
+                "most_bytes": most_rollout_bytes(problems, config.num_samples, config.sampling.max_new_tokens),
                 "out": str(config.out),
             }
         missing = folder.missing_units(parse_part(config.part))

@@ -72,11 +72,33 @@ class LatentSequences:
         return shard.latents_NJD[: self.max_tokens]
 
     def split(self, holdout_fraction: float, max_holdout: int, seed: int) -> tuple[list[int], list[int]]:
-        """Indices for training and indices held out, both in order; the choice depends on the seed alone."""
-        count = len(self.places)
-        held = min(max_holdout, round(holdout_fraction * count), count - 1)
-        order = torch.randperm(count, generator=keyed_generator("cpu", seed, "held out")).tolist()
-        return sorted(order[held:]), sorted(order[:held])
+        """Indices for training and indices held out, both in order; the choice depends on the seed alone.
+
+        All sequences of a problem go to one side: the responses to one problem are too alike to judge each other by.
+        """
+        by_problem = list(self._by_problem().values())
+        wanted = min(max_holdout, round(holdout_fraction * len(self.places)))
+        held: list[int] = []
+        for number in torch.randperm(len(by_problem), generator=keyed_generator("cpu", seed, "held out")).tolist():
+            group = by_problem[number]
+            fits = len(held) + len(group) <= wanted
+            # Where every problem has more sequences than are wanted, one problem is held out all the same.
+            if fits or (wanted and not held and len(group) < len(self.places)):
+                held += group
+        return sorted(set(range(len(self.places))) - set(held)), sorted(held)
+
+    def _by_problem(self) -> dict[tuple[str, str], list[int]]:
+        """Indices of the sequences of each problem of each source."""
+        names = {
+            (number, shard): folder.read_names(shard)
+            for number, folder in enumerate(self.folders)
+            for shard in range(folder.num_shards)
+        }
+        groups: dict[tuple[str, str], list[int]] = {}
+        for index, place in enumerate(self.places):
+            problem_id, _ = names[place.folder, place.shard][place.index]
+            groups.setdefault((self.folders[place.folder].info.source, problem_id), []).append(index)
+        return groups
 
 
 def _model_text(info: LatentsInfo) -> str:

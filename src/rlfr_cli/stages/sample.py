@@ -26,6 +26,7 @@ from rlfr_cli.stages.common import (
     ModelInput,
     PromptedProblems,
     grading_pool,
+    most_rollout_bytes,
     open_model,
     open_output,
     parse_part,
@@ -55,6 +56,9 @@ class _Plan:
             "responses": responses,
             "shards": len(self.units),
             "most_new_tokens": responses * self.config.sampling.max_new_tokens,
+            "most_bytes": most_rollout_bytes(
+                self.problems, self.config.group_size, self.config.sampling.max_new_tokens
+            ),
             "out": str(self.config.out),
         }
 

@@ -17,13 +17,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from rlfr_cli import console
 from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits, flow_fingerprint, read_flow_header
 from rlfr_cli.artifacts.rollouts import rollout_table
 from rlfr_cli.artifacts.run_folder import RunFolder
 from rlfr_cli.config.common import ProblemsConfig
 from rlfr_cli.config.fields import to_table
-from rlfr_cli.config.train_rl import TrainRlConfig
+from rlfr_cli.config.flow import FlowRewardConfig
+from rlfr_cli.config.train_rl import OnlineConfig, TrainRlConfig
 from rlfr_cli.errors import ConfigError, Stopped, during_work
 from rlfr_cli.flow.reference import ReferenceRules, parse_rules
 from rlfr_cli.grading.pool import GradingPool
@@ -74,7 +77,19 @@ class Plan:
             "responses_per_step": responses,
             "optimiser_steps": self.total_steps * minibatches * optimiser.epochs_per_batch,
             "flow": self.flow_text(),
+            "checkpoint_bytes": self.checkpoint_bytes(),
         }
+
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: weights, moments, float32 weights if stored otherwise, flow."""
+        stored = sum(file.stat().st_size for file in self.model.folder.glob("*.safetensors"))
+        itemsize = (getattr(self.model.config, "dtype", None) or torch.float32).itemsize
+        parameters = stored // itemsize
+        flow = 0
+        if self.header is not None:
+            width, depth = self.header.width, self.header.depth
+            flow = 12 * ((14 + 10 * depth) * width**2 + 4 * width * self.header.num_frequencies) // 2
+        return stored + parameters * (8 if itemsize == 4 else 12) + flow
 
     def flow_text(self) -> str:
         """Which flow pays token rewards, and whether it learns."""
@@ -158,13 +173,21 @@ def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
                 f"{model.fingerprint.vocab_size}"
             )
         inputs["reference_model"] = reference.fingerprint.to_dict()
-    if header is not None:
+    if header is None:
+        _warn_of_unused(config)
+    else:
         shift = max(pairing["shift"] for pairing in header.pairings)
         _check_prompts(problems.prompted, shift)
     total_steps = config.rollout.steps or math.ceil(
         config.rollout.episodes * len(problems.prompted) / config.rollout.prompts_per_step
     )
     return Plan(config, model, problems, heldout, header, rules, reward, total_steps, inputs)
+
+
+def _warn_of_unused(config: TrainRlConfig) -> None:
+    """Say so when flow options differ from their defaults but no flow pays."""
+    if config.flow_reward != FlowRewardConfig() or config.online != OnlineConfig() or config.allow_other_weights:
+        console.warn("neither --flow nor --new-flow: plain RLVR, and the options of the flow reward are not used")
 
 
 def _heldout_problems(config: TrainRlConfig) -> ProblemsConfig | None:
