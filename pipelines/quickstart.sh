@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source pipelines/environment.sh
 
 out="${QUICKSTART_OUT:-runs/quickstart}"
-steps="${QUICKSTART_STEPS:-80}"
+steps="${QUICKSTART_STEPS:-70}"
 seed="${QUICKSTART_SEED:-0}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
 begin=$SECONDS
@@ -32,10 +32,14 @@ train() {
 }
 step "5/6 train-rl: plain RLVR"
 train rlvr
-step "5/6 train-rl: RLFR, with the flow's scores"
-train rlfr --flow "$out/flow.safetensors"
-step "5/6 train-rl: the control, with random scores in place of the flow's"
-train random --flow "$out/flow.safetensors" --scores random
+step "5/6 train-rl: RLFR, with the flow's scores; and beside it the control, with random scores, one core each"
+# The control's flow need not learn: random scores do not come from it.
+OMP_NUM_THREADS=1 train random --flow "$out/flow.safetensors" --scores random --online-steps 0 2> "$out/random.log" &
+control=$!
+trap 'kill "$control" 2>/dev/null || true' EXIT
+OMP_NUM_THREADS=1 train rlfr --flow "$out/flow.safetensors"
+wait "$control" || { cat "$out/random.log" >&2; exit 1; }
+trap - EXIT
 
 evaluate() { stage eval --model "$2" --data data/heldout.jsonl --out "$out/eval-$1"; }
 checkpoint() { printf '%s/%s/checkpoints/%s/model' "$out" "$1" "$(cat "$out/$1/latest")"; }
