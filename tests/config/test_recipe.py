@@ -100,7 +100,7 @@ def test_a_preset_that_says_nothing_of_a_command_is_refused(monkeypatch: pytest.
 def test_every_preset_parses() -> None:
     for preset, commands in recipe_module.PRESETS.items():
         for command in commands:
-            recipe_module.read_preset(preset, command)
+            assert recipe_module.read_preset(preset, command)
 
 
 def test_missing_options_are_named_by_flag_and_key() -> None:
