@@ -15,9 +15,14 @@ def shuffled_items(num_items: int, items_per_step: int, step: int, *keys: Key) -
     Args:
         keys: name the orders, seed included.
     """
+    return shuffled_range(num_items, (step - 1) * items_per_step, step * items_per_step, *keys)
+
+
+def shuffled_range(num_items: int, start: int, stop: int, *keys: Key) -> list[int]:
+    """Entries ``start`` to ``stop`` − 1 of one shuffled order after another."""
     orders: dict[int, list[int]] = {}
     chosen = []
-    for place in range((step - 1) * items_per_step, step * items_per_step):
+    for place in range(start, stop):
         episode, index = divmod(place, num_items)
         if episode not in orders:
             generator = keyed_generator("cpu", *keys, episode)

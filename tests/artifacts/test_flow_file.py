@@ -67,6 +67,27 @@ def test_equal_flows_give_equal_bytes_and_fingerprints(tmp_path: Path) -> None:
     assert flow_fingerprint(tmp_path / "a") != flow_fingerprint(tmp_path / "c")
 
 
+def test_a_fingerprint_is_of_what_a_flow_computes(tmp_path: Path) -> None:
+    """Equal weights with another context give other scores; what was counted while fitting changes none."""
+    changes = [{}, {"context_layer": "final-norm"}, {"context_layer": "20"}, {"layer_indices": (6, 12, 19)}]
+    changes += [{"pairings": ({"context": "previous", "shift": 1},)}, {"time_scale": 2.0}]
+    for number, change in enumerate(changes):
+        save_flow(tmp_path / str(number), replace(HEADER, **change), tensors())
+    assert len({flow_fingerprint(tmp_path / str(number)) for number in range(len(changes))}) == len(changes)
+    save_flow(tmp_path / "more", replace(HEADER, steps=101, heldout_loss=0.5, policy_step=3, model=None), tensors())
+    assert flow_fingerprint(tmp_path / "more") == flow_fingerprint(tmp_path / "0")
+
+
+def test_contexts_in_words_and_states_in_columns() -> None:
+    assert HEADER.contexts == ["next 1", "previous 2"]
+    assert HEADER.tapped == (6, 12, 18)
+    final, above, among = (replace(HEADER, context_layer=name) for name in ("final-norm", "20", "12"))
+    assert final.contexts == ["next 1 of final-norm", "previous 2 of final-norm"]
+    assert final.tapped == (6, 12, 18, "final-norm")
+    assert (above.contexts[0], above.tapped) == ("next 1 of block 20", (6, 12, 18, 20))
+    assert (among.contexts[0], among.tapped) == ("next 1 of block 12", (6, 12, 18))
+
+
 def test_statistics_go_with_channel_normalisation(tmp_path: Path) -> None:
     channel = replace(HEADER, normalisation="channel")
     statistics = {"statistics.mean": torch.zeros(3, 8), "statistics.std": torch.ones(3, 8)}

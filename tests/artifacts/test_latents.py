@@ -17,7 +17,7 @@ from rlfr_cli.errors import ArtifactError
 MODEL = ModelFingerprint(model_type="t", num_blocks=4, hidden_size=6, vocab_size=9, weights_sha256="ab")
 INFO = LatentsInfo(
     layer_indices=(1, 3),
-    context_layers=("final_norm",),
+    context_layers=("final-norm",),
     num_blocks=4,
     hidden_size=6,
     num_prompt_tokens=1,
@@ -49,6 +49,7 @@ def write(path: Path, info: LatentsInfo = INFO) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     latents = LatentsFolder(write(tmp_path))
     assert latents.info == INFO
+    assert latents.info.states == (1, 3, "final-norm")
     assert (latents.num_shards, latents.num_sequences, latents.num_tokens) == (2, 4, 12)
     for index, shard in enumerate(latents.iter_shards()):
         written = make_shard(index)

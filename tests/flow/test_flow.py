@@ -9,8 +9,10 @@ from torch import Tensor
 from rlfr_cli.errors import WorkError
 from rlfr_cli.flow.choices import Context
 from rlfr_cli.flow.flow import Flow, response_key
+from rlfr_cli.flow.matching import accumulate_matching_gradients
+from rlfr_cli.flow.noise import response_noise
 from rlfr_cli.flow.normalisation import LatentStatistics
-from rlfr_cli.flow.pairing import Pairing
+from rlfr_cli.flow.pairing import Pairing, TappedLayers
 from tiny_policies import HIDDEN, tiny_flow
 
 
@@ -65,6 +67,62 @@ def test_statistics_normalise_targets_and_conditions() -> None:
     pairs = flow.pair(latents)
     torch.testing.assert_close(pairs.targets(1, slice(0, 1))[0], (latents[0][1, 1] - 3) / 2)
     torch.testing.assert_close(pairs.conditions(1, 0, slice(0, 1))[0], (latents[0][0, 1] - 3) / 2)
+
+
+@pytest.mark.parametrize("context", list(Context))
+def test_a_context_layer_conditions_every_target_on_its_own_column(context: Context) -> None:
+    """By hand, and unlike the same flow conditioned on the targets' layers."""
+    flow, twin = tiny_flow(context=context), tiny_flow(context=context)
+    flow.layers = TappedLayers((1, 2), 4, "final-norm")
+    assert flow.tapped == (1, 2, "final-norm")
+    step, t = flow.pairings[0].step, 0.8
+    latents = [torch.randn(length, 3, HIDDEN, generator=torch.Generator().manual_seed(length)) for length in (5, 2, 7)]
+    keys = ["a", "b", "c"]
+    own = scores(twin, [sequence[:, :2] for sequence in latents], keys)
+    for sequence, key, ours, others in zip(latents, keys, scores(flow, latents, keys), own, strict=True):
+        tokens = len(sequence) - 1  # one prompt token
+        places = [k for k in range(tokens) if 1 + k + step < len(sequence)]
+        errors = []
+        for column, block in enumerate((1, 2)):
+            noise = response_noise(0, key, block, 0, num_tokens=tokens, size=HIDDEN)[places]
+            target = sequence[1:, column][places]
+            condition = torch.stack([sequence[1 + k + step, 2] for k in places]) if places else target
+            with torch.no_grad():
+                velocity = flow.network(
+                    t * target + (1 - t) * noise, torch.tensor([t]), condition, torch.tensor([block / 4])
+                )
+            errors.append((velocity - (target - noise)).square().mean(-1))
+        torch.testing.assert_close(ours[places], 4 * torch.stack(errors).mean(0), rtol=1e-4, atol=1e-4)
+        assert bool(((ours - others)[places].abs() > 1e-4).all())
+
+
+def test_a_context_among_the_targets_takes_their_column() -> None:
+    flow = tiny_flow()
+    flow.layers = TappedLayers((1, 2), 4, 1)
+    pairs = flow.pair(sequences())
+    assert flow.tapped == (1, 2)
+    for column in (0, 1):
+        assert torch.equal(
+            pairs.conditions(column, 0, slice(None)), pairs.latents_NJD[pairs.paired.conditions_PM[0], 0]
+        )
+    with pytest.raises(AssertionError):
+        flow.pair([torch.zeros(3, 3, HIDDEN)])
+
+
+def test_the_fitting_loss_depends_on_the_context_column() -> None:
+    flow = tiny_flow()
+    flow.layers = TappedLayers((1, 2), 4, "final-norm")
+    latents = [torch.cat([sequence, sequence[:, :1]], dim=1) for sequence in sequences()]
+    other = [torch.cat([sequence, -sequence[:, :1]], dim=1) for sequence in sequences()]
+    losses = [
+        float(
+            accumulate_matching_gradients(
+                flow.network, flow.pair(chosen), torch.Generator().manual_seed(0), backward=False
+            ).loss
+        )
+        for chosen in (latents, latents, other)
+    ]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def test_scores_belong_to_the_response_whatever_it_is_scored_with() -> None:

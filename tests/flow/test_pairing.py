@@ -92,13 +92,17 @@ def test_reading_targets_and_conditions() -> None:
     latents = torch.arange(4 * 3 * 2.0).reshape(4, 3, 2).requires_grad_()
     statistics = LatentStatistics(torch.full((3, 2), 1.0), torch.full((3, 2), 2.0))
     own = PairedLatents(latents, pair_tokens(torch.tensor([0, 4]), 1, [NEXT]), TappedLayers((5, 7), 10))
-    other = PairedLatents(latents, own.paired, TappedLayers((5, 7), 10, context_column=2), statistics)
+    other = PairedLatents(latents, own.paired, TappedLayers((5, 7), 10, "final-norm"), statistics)
     rows = slice(0, 2)
     assert torch.equal(own.targets(1, rows), latents[1:3, 1])
     assert torch.equal(own.conditions(1, 0, rows), latents[2:4, 1])
     assert torch.equal(other.targets(1, rows), (latents[1:3, 1] - 1) / 2)
     assert torch.equal(other.conditions(1, 0, rows), (latents[2:4, 2] - 1) / 2)
-    assert own.layers.positions == (0.5, 0.7)
+    among = PairedLatents(latents, own.paired, TappedLayers((5, 7), 10, 7))
+    assert torch.equal(among.targets(0, rows), latents[1:3, 0])
+    assert torch.equal(among.conditions(0, 0, rows), latents[2:4, 1])
+    assert (own.layers.tapped, other.layers.tapped, among.layers.tapped) == ((5, 7), (5, 7, "final-norm"), (5, 7))
+    assert own.layers.positions == other.layers.positions == (0.5, 0.7)
     assert not own.targets(0, rows).requires_grad
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from rlfr_cli.errors import ConfigError
-from rlfr_cli.flow.reference import ResponseFacts, group_shares, parse_rules
+from rlfr_cli.flow.reference import (
+    BoundRule,
+    ResponseFacts,
+    TokenFacts,
+    TokenRule,
+    group_shares,
+    parse_rules,
+    split_rule,
+)
 
 GOOD = ResponseFacts(accepted=True, finished=True, reward=1.0, length=20, group_share=0.25)
 CUT_OFF = replace(GOOD, accepted=False, finished=False, reward=0.0)
@@ -61,7 +69,7 @@ def test_tokens_of_high_entropy() -> None:
     entropies = torch.tensor([3.0, 1.0, 4.0, 2.0])
 
     def kept(rules: list[str], values: torch.Tensor = entropies) -> list[float]:
-        return parse_rules(rules, "--accept").token_weights(values).tolist()
+        return parse_rules(rules, "--accept").token_weights(TokenFacts(values, -values)).tolist()
 
     assert kept(["min-entropy=0.5"]) == [1, 0, 1, 0]
     assert kept(["min-entropy=1"]) == [0, 0, 1, 0]
@@ -77,7 +85,7 @@ def test_token_rules_weigh_no_response_and_response_rules_no_token() -> None:
     assert rules.response_weight(GOOD) == 1
 
 
-@pytest.mark.parametrize("text", ["corect", "correct=1", "min_length=3", ""])
+@pytest.mark.parametrize("text", ["corect", "min_length=3", "", "=1", "file.py:rule"])
 def test_an_unknown_rule_is_refused_with_the_known_ones(text: str) -> None:
     with pytest.raises(ConfigError, match=r"--keep .*no such rule") as caught:
         parse_rules([text], "--keep")
@@ -105,3 +113,42 @@ def test_group_shares_by_hand() -> None:
 def test_a_bound_that_is_not_finite_is_refused(bound: str) -> None:
     with pytest.raises(ConfigError, match="needs a number"):
         parse_rules([f"min-length={bound}"], "--accept")
+
+
+def test_a_number_for_a_rule_that_takes_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--keep correct=1: correct takes no number"):
+        parse_rules(["correct=1"], "--keep")
+
+
+def test_rules_that_are_not_built_in_are_loaded_by_name_and_only_when_named() -> None:
+    own = {
+        "half": lambda: lambda facts: 0.5,
+        "times": lambda: BoundRule(lambda bound: lambda facts: bound),
+        "sure": lambda: TokenRule(lambda tokens: (tokens.logprobs_T > -1).float()),
+        "lost": lambda: pytest.fail("nobody named it"),
+        "correct": lambda: pytest.fail("the built-in rule wins"),
+    }
+    rules = parse_rules(["half", "times=3", "correct", "sure"], "--accept", own)
+    assert rules.response_weight(GOOD) == 1.5
+    assert rules.response_weight(WRONG) == 0
+    assert rules.token_weights(TokenFacts(torch.ones(2), torch.tensor([-0.5, -2.0]))).tolist() == [1, 0]
+    with pytest.raises(ConfigError) as caught:
+        parse_rules(["hlf"], "--accept", own)
+    assert "half, times" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("correct", ("correct", None)),
+        ("min-length=5", ("min-length", "5")),
+        ("min-length=", ("min-length", "")),
+        ("a=b", ("a", "b")),
+        ("a=b=c", ("a", "b=c")),
+        ("runs=3/rules.py:brief", ("runs=3/rules.py:brief", None)),
+        ("runs=3/rules.py:brief=0.5", ("runs=3/rules.py:brief", "0.5")),
+        ("", ("", None)),
+    ],
+)
+def test_a_rule_is_a_name_and_perhaps_a_number(text: str, parts: tuple[str, str | None]) -> None:
+    assert split_rule(text) == parts

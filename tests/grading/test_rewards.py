@@ -1,5 +1,6 @@
 import pytest
 
+from fake_packages import group, install
 from rlfr_cli.errors import ConfigError, InputError, MissingInputError
 from rlfr_cli.grading.grades import Grade
 from rlfr_cli.grading.rewards import RewardInput, is_accepted, load_reward
@@ -36,6 +37,8 @@ def reward_file(tmp_path):
         "def short(inputs): return [1.0]\n"
         "def nan(inputs): return [math.nan for _ in inputs]\n"
         "def text(inputs): return ['much' for _ in inputs]\n"
+        "def digits(inputs): return ['1' for _ in inputs]\n"
+        "def one(inputs): return 1.0\n"
     )
     return path
 
@@ -50,6 +53,8 @@ def test_a_function_from_a_file(reward_file):
         ("short", "gave 1 rewards for 6 responses"),
         ("nan", "gave nan for response 0"),
         ("text", "gave 'much'"),
+        ("digits", "gave '1' for response 0"),
+        ("one", "gave 1.0 for 6 responses"),
     ],
 )
 def test_bad_values_are_errors(reward_file, name, message):
@@ -70,3 +75,16 @@ def test_bad_specs_are_errors(reward_file, tmp_path):
     reward_file.write_text("import nothing_like_this")
     with pytest.raises(InputError, match="nothing_like_this"):
         load_reward(f"{reward_file}:score")
+
+
+def test_a_reward_of_a_package_is_found_by_name_and_checked(tmp_path, monkeypatch):
+    lines = ["lengths = paying:lengths", "nothing = paying:nothing", "accuracy = paying:nothing"]
+    code = "def lengths(inputs): return [len(i.problem) for i in inputs]\ndef nothing(inputs): return []\n"
+    install(monkeypatch, tmp_path, "paying", group("rlfr.rewards", lines), code)
+    assert load_reward("lengths")(reward_inputs("stop")) == [1.0] * 6
+    with pytest.raises(InputError, match="nothing gave 0 rewards for 6 responses"):
+        load_reward("nothing")(reward_inputs("stop"))
+    assert load_reward("accuracy")(reward_inputs("stop")) == [1, 0, 0, 0, 0, 0], "the built-in one wins"
+    with pytest.raises(ConfigError, match="there are published, accuracy, lengths, nothing and") as error:
+        load_reward("length")
+    assert error.value.hint == "did you mean lengths?"

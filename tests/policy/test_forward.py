@@ -19,9 +19,7 @@ def measured(
 ) -> list[tuple[Tensor, ...]]:
     """(log-probabilities, entropies and latents if any) of each sequence."""
     results: list[tuple[Tensor, ...]] = [()] * len(sequences)
-    for batch in forward_batches(
-        policy, sequences, temperature=temperature, layer_indices=layers, tokens_per_batch=budget
-    ):
+    for batch in forward_batches(policy, sequences, temperature=temperature, tapped=layers, tokens_per_batch=budget):
         columns = [batch.logprobs, batch.entropies, *([batch.latents] if layers else [])]
         for index, *values in zip(batch.indices, *columns, strict=True):
             results[index] = tuple(values)
@@ -104,7 +102,7 @@ def test_no_tapped_layers_no_latents(model_folders: ModelFolders) -> None:
 
 def test_a_prompt_shorter_than_the_shift_is_a_programming_error(model_folders: ModelFolders) -> None:
     with pytest.raises(AssertionError, match="shorter than the shift"):
-        list(forward_batches(model_folders.policy(), SEQUENCES, temperature=1.0, layer_indices=(1,), num_prompt=2))
+        list(forward_batches(model_folders.policy(), SEQUENCES, temperature=1.0, tapped=(1,), num_prompt=2))
 
 
 def test_bfloat16_compute_gives_float32_logprobs_near_those_of_float32(model_folders: ModelFolders) -> None:
@@ -121,7 +119,7 @@ def test_gradients_flow_through_the_training_pass_only(model_folders: ModelFolde
     logprobs, _ = response_logprobs(policy, SEQUENCES, 1.0)
     logprobs.sum().backward()
     assert all(float(p.grad.abs().max()) > 0 for p in policy.model.parameters())
-    batch = next(forward_batches(policy, SEQUENCES, temperature=1.0, layer_indices=(1,)))
+    batch = next(forward_batches(policy, SEQUENCES, temperature=1.0, tapped=(1,)))
     assert not any(t.requires_grad for t in (*batch.logprobs, *batch.entropies, *batch.latents))
 
 

@@ -95,8 +95,8 @@ def test_a_missing_weight_is_an_error_not_a_random_one(name: str, folder: Path) 
 def test_a_weight_missing_from_a_truncated_decoder_is_an_error_too(folder: Path) -> None:
     change_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(InputError, match=r"such as .*layers\.1\.mlp\.up_proj\.weight"):
-        load_decoder(folder, CPU, 2)
-    load_decoder(folder, CPU, 1)
+        load_decoder(folder, CPU, (0, 1))
+    load_decoder(folder, CPU, (0,))
 
 
 def test_a_weight_of_another_shape_is_named(folder: Path) -> None:
@@ -129,7 +129,7 @@ def test_every_family_loads_with_the_weights_on_disk(family: str, tied: bool, mo
 
 
 def test_only_the_blocks_asked_for_are_loaded_in_the_compute_dtype(folder: Path) -> None:
-    decoder = load_decoder(folder, CPU_BF16, 2)
+    decoder = load_decoder(folder, CPU_BF16, (1, 0))
     names = dict(decoder.named_parameters())
     assert {name.split(".")[1] for name in names if name.startswith("layers.")} == {"0", "1"}
     assert "lm_head.weight" not in names

@@ -55,7 +55,7 @@ def test_latents_of_the_whole_row_at_the_hooked_layers(
     folder = write_model_folder(tmp_path / "model", tensors, hyper)
     layers = tapped_layers(hyper["qwen2"]["num_hidden_layers"], hyper["layer_fractions"])
     assert list(layers) == hyper["hook_layers"]
-    decoder = load_decoder(folder, CPU, max(layers) + 1)
+    decoder = load_decoder(folder, CPU, layers)
     start = hyper["input_len"]
     for row, sequence in enumerate(recorded_sequences(tensors, hyper)):
         prompt, response = len(sequence.prompt), len(sequence.response)
@@ -71,9 +71,7 @@ def test_latents_and_logprobs_of_one_padded_batch(
     tensors, hyper = recorded
     policy = load_policy(write_model_folder(tmp_path / "model", tensors, hyper), CPU)
     sequences = recorded_sequences(tensors, hyper)
-    batches = list(
-        forward_batches(policy, sequences, temperature=1.0, layer_indices=hyper["hook_layers"], num_prompt=2)
-    )
+    batches = list(forward_batches(policy, sequences, temperature=1.0, tapped=hyper["hook_layers"], num_prompt=2))
     assert len(batches) == 1
     start = hyper["input_len"]
     for place, row in enumerate(batches[0].indices):

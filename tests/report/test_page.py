@@ -344,6 +344,7 @@ def test_scores_go_to_the_response_that_they_are_of(tmp_path: Path, policy: Path
         layer_indices=(1,),
         num_blocks=4,
         pairings=({"context": "previous", "shift": 2},),
+        context_layer="final-norm",
     )
     count = write_scores_page(
         tmp_path / "page.html",
@@ -363,7 +364,7 @@ def test_scores_go_to_the_response_that_they_are_of(tmp_path: Path, policy: Path
     assert [r["values"]["flow_reward"] for r in responses] == [[0, -0.01, None]] * 4
     assert [(r["id"], r["sample"]) for r in responses] == [("p0", 0), ("p0", 1), ("p1", 0), ("p1", 1)]
     found = header_of(page)
-    assert (found["context"], found["timesteps"]) == ("previous 2", "0.5, 0.8")
+    assert (found["context"], found["timesteps"]) == ("previous 2 of final-norm", "0.5, 0.8")
     assert found["flow"] == "flow.safetensors, fingerprint cdcdcdcdcdcdcdcd…"
     assert found["flow reward"] == "scaled by minmax, top 15 of a response, times −0.01"
 

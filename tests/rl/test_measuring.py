@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from rlfr_cli.flow.flow import Flow, response_key
 from rlfr_cli.flow.noise import keyed_seed
 from rlfr_cli.policy.forward import forward_batches
 from rlfr_cli.policy.loading import Policy
-from rlfr_cli.rl.measuring import Measurement, flow_rewards, measure, random_scores, sequences_of
+from rlfr_cli.rl.measuring import Measurement, flow_rewards, measure, sequences_of
+from rlfr_cli.rl.token_scores import random_scores
 from tiny_policies import HIDDEN, ModelFolders, rollout_rows, tiny_flow
 
 ROWS = rollout_rows([(4, 9), (7, 20), (3, 12), (5, 1), (6, 7), (2, 2)])
@@ -30,7 +32,6 @@ def measured(policy: Policy, flow: Flow | None, rows: list[RolloutRow] = ROWS, *
         "temperature": 0.7,
         "reward": REWARD,
         "scores_from": ScoreSource.FLOW,
-        "pay_flow_reward": True,
         "key": KEY,
         "tokens_per_batch": 60,
         **changes,
@@ -48,7 +49,7 @@ def test_scores_are_those_of_each_response_alone(context: Context, model_folders
     policy, flow = model_folders.policy(), tiny_flow(context=context)
     ours = measured(policy, flow)
     for index, (row, sequence) in enumerate(zip(ROWS, sequences_of(ROWS), strict=True)):
-        batch = next(forward_batches(policy, [sequence], temperature=0.7, layer_indices=(1, 2)))
+        batch = next(forward_batches(policy, [sequence], temperature=0.7, tapped=(1, 2)))
         pairs = flow.pair(batch.latents)
         alone = flow.deviations(
             pairs,
@@ -105,7 +106,7 @@ def test_random_scores_are_keyed_by_response() -> None:
 
 def test_a_flow_that_warms_up_is_measured_and_not_paid(model_folders: ModelFolders) -> None:
     policy, flow = model_folders.policy(), tiny_flow()
-    paid, warming = measured(policy, flow), measured(policy, flow, pay_flow_reward=False)
+    paid, warming = measured(policy, flow), measured(policy, flow, reward=replace(REWARD, coef=0.0))
     assert any(bool((rewards < 0).any()) for rewards in paid.flow_rewards)
     assert all(torch.equal(rewards, torch.zeros_like(rewards)) for rewards in warming.flow_rewards)
     assert [len(rewards) for rewards in warming.flow_rewards] == [len(row.response_token_ids) for row in ROWS]
@@ -119,7 +120,7 @@ def test_latents_are_kept_of_the_responses_asked_for(model_folders: ModelFolders
     assert sorted(kept) == [1, 3, 5]
     for index, latents in kept.items():
         assert latents.shape == (1 + len(ROWS[index].response_token_ids), 2, HIDDEN)
-        alone = next(forward_batches(policy, sequences_of([ROWS[index]]), temperature=1.0, layer_indices=(1, 2)))
+        alone = next(forward_batches(policy, sequences_of([ROWS[index]]), temperature=1.0, tapped=(1, 2)))
         assert_close([latents], alone.latents)
         assert not latents.requires_grad
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlfr_cli.config.flow import FlowRewardConfig, ScoreSource
-from rlfr_cli.config.train_rl import OnlineConfig, OnlineTimes, OptimiserConfig, PolicyLossConfig
+from rlfr_cli.config.rl import OnlineConfig, OnlineTimes, OptimiserConfig, PolicyLossConfig
 from rlfr_cli.engines.adamw import NamedAdamW
 from rlfr_cli.engines.single import SingleProcessEngine
 from rlfr_cli.engines.training import StepOutcome
@@ -80,7 +80,6 @@ def measured(policy: Policy, flow: Flow, seed: int) -> Measurement:
         temperature=1.0,
         reward=FlowRewardConfig(),
         scores_from=ScoreSource.FLOW,
-        pay_flow_reward=True,
         key=(0, seed),
         tokens_per_batch=80,
     )
@@ -186,11 +185,10 @@ def test_the_policys_gradient_checkpointing_does_not_touch_the_flows_update(
     )
     rows = rollout_rows(LENGTHS, 1)
     known = measured(policy, flow, 1)
-    batch = TrainingBatch(
-        sequences_of(rows), known.logprobs, [torch.ones_like(t) for t in known.logprobs], None, 1.0, 32
-    )
+    advantages = [torch.ones_like(logprobs_T) for logprobs_T in known.logprobs]
+    batch = TrainingBatch(sequences_of(rows), known.logprobs, advantages, None, [True] * len(rows), 1.0, 32)
     update_policy(
-        engine, batch, OptimiserConfig(), PolicyLossConfig(), UpdateCounts(), lambda step: 1e-4, (0, "update", 1)
+        engine, batch, OptimiserConfig(), PolicyLossConfig(), UpdateCounts(), lambda done, of: 1e-4, (0, "update", 1)
     )
     optimiser, metrics = update(flow, known.latents, ones(known.latents))
     assert isinstance(optimiser, RecordingAdamW)

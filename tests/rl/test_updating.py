@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlfr_cli.config.train_rl import OptimiserConfig, PolicyLossConfig
+from rlfr_cli.config.rl import OptimiserConfig, PolicyLossConfig
 from rlfr_cli.engines.single import SingleProcessEngine
 from rlfr_cli.engines.training import StepOutcome
 from rlfr_cli.errors import WorkError
@@ -59,6 +60,7 @@ def make_batch(policy: Policy, *, off_policy: float = 0.3, with_reference: bool 
         old_logprobs=[logprobs + off_policy * noise(len(logprobs)) for logprobs in now],
         advantages=[noise(len(logprobs)) for logprobs in now],
         reference_logprobs=[logprobs + 0.5 * noise(len(logprobs)) for logprobs in now] if with_reference else None,
+        in_loss=[True] * len(SEQUENCES),
         temperature=TEMPERATURE,
         max_new_tokens=MAX_NEW_TOKENS,
     )
@@ -70,12 +72,13 @@ def update(
     config: PolicyLossConfig,
     optimiser: OptimiserConfig = ONE_STEP,
     counts: UpdateCounts | None = None,
-) -> tuple[RecordingEngine, dict[str, float]]:
+) -> tuple[RecordingEngine, dict[str, Any]]:
     engine = RecordingEngine(policy)
-    metrics = update_policy(
-        engine, batch, optimiser, config, counts or UpdateCounts(), lambda step: 1e-4 * (step + 1), (0, "update", 1)
-    )
-    return engine, metrics
+
+    def rate(done: int, of: int) -> float:
+        return 1e-4 * (done + 1) / of
+
+    return engine, update_policy(engine, batch, optimiser, config, counts or UpdateCounts(), rate, (0, "update", 1))
 
 
 def assert_close(ours: Gradients, theirs: Gradients, share: float = 1e-5) -> None:
@@ -107,28 +110,37 @@ def naive_loss(policy: Policy, batch: TrainingBatch, config: PolicyLossConfig) -
             if batch.reference_logprobs is not None:
                 gap = batch.reference_logprobs[i][k] - logprob
                 term = term + config.kl_coef * (gap.exp() - 1 - gap)
-            terms.append(term)
-        terms_by_response.append(terms)
+            at = distribution[start + k - 1]
+            terms.append(term + config.entropy_coef * (at.exp() * at).sum())
+        terms_by_response.append(terms if batch.in_loss[i] else [])
     if config.aggregation is Aggregation.RESPONSE_MEAN:
-        return sum(sum(terms) / len(terms) for terms in terms_by_response) / len(terms_by_response)
+        return sum(sum(terms) / len(terms) for terms in terms_by_response if terms) / len(terms_by_response)
     total = sum(sum(terms) for terms in terms_by_response)
     if config.aggregation is Aggregation.TOKEN_MEAN:
         return total / sum(map(len, terms_by_response))
     return total / (len(terms_by_response) * MAX_NEW_TOKENS)
 
 
+# Named only, so that the config may speak of its KL; the batch brings the log-probabilities.
+REFERENCE = "reference"
 CONFIGS = [
     PolicyLossConfig(),
     PolicyLossConfig(aggregation=Aggregation.TOKEN_MEAN),
     PolicyLossConfig(aggregation=Aggregation.CONSTANT_LENGTH, ratio_level=RatioLevel.SEQUENCE),
-    PolicyLossConfig(kl_coef=0.3),
+    PolicyLossConfig(kl_coef=0.3, reference_model=REFERENCE),
+    PolicyLossConfig(entropy_coef=0.2, aggregation=Aggregation.TOKEN_MEAN),
 ]
+NAMES = ["response", "token", "constant-sequence", "kl", "entropy"]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["response", "token", "constant-sequence", "kl"])
-def test_gradient_is_that_of_the_naive_loss(config: PolicyLossConfig, model_folders: ModelFolders) -> None:
+@pytest.mark.parametrize("masked", [(), (1, 2)], ids=["all", "masked"])
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_gradient_is_that_of_the_naive_loss(
+    config: PolicyLossConfig, masked: tuple[int, ...], model_folders: ModelFolders
+) -> None:
     policy = model_folders.policy()
     batch = make_batch(policy, with_reference=config.kl_coef > 0)
+    batch = replace(batch, in_loss=[index not in masked for index in range(len(SEQUENCES))])
     loss = naive_loss(policy, batch, config)
     loss.backward()
     wanted: Gradients = {name: p.grad.clone() for name, p in policy.model.named_parameters()}
@@ -140,7 +152,7 @@ def test_gradient_is_that_of_the_naive_loss(config: PolicyLossConfig, model_fold
     assert_close(engine.gradients[0], wanted)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["response", "token", "constant-sequence", "kl"])
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_micro_batches_change_no_gradient(config: PolicyLossConfig, model_folders: ModelFolders) -> None:
     found = []
     for budget in (10_000, 30, 1):
@@ -164,6 +176,7 @@ def test_responses_without_advantage_count_in_the_mean_and_nowhere_else(model_fo
         sequences=[batch.sequences[i] for i in others],
         old_logprobs=[batch.old_logprobs[i] for i in others],
         advantages=[batch.advantages[i] for i in others],
+        in_loss=[True] * len(others),
     )
     read: list[int] = []
     handle = policy.model.base_model.register_forward_pre_hook(
@@ -211,17 +224,32 @@ def test_the_first_step_is_on_policy(model_folders: ModelFolders) -> None:
     assert metrics["policy/approximate_kl"] == pytest.approx(0, abs=1e-6)
 
 
-# The reference policy
+def test_the_entropy_bonus_raises_entropy(model_folders: ModelFolders) -> None:
+    changes = []
+    for coefficient in (0.0, 1.0):
+        policy = model_folders.policy()
+        batch = replace(make_batch(policy), advantages=[torch.zeros(len(s.response)) for s in SEQUENCES])
+        with torch.no_grad():
+            # A random policy is near the highest entropy; make it less so.
+            policy.model.lm_head.weight.mul_(8)
+            before = response_logprobs(policy, SEQUENCES, TEMPERATURE)[1].mean()
+        update(policy, batch, PolicyLossConfig(entropy_coef=coefficient), replace(ONE_STEP, epochs_per_batch=3))
+        with torch.no_grad():
+            changes.append(float(response_logprobs(policy, SEQUENCES, TEMPERATURE)[1].mean() - before))
+    assert changes[0] == 0
+    assert changes[1] > 1e-3
 
 
-def test_kl_is_measured_without_being_paid_for(model_folders: ModelFolders) -> None:
+def test_an_empty_batch_changes_nothing_and_says_so(model_folders: ModelFolders) -> None:
     policy = model_folders.policy()
-    batch = make_batch(policy, with_reference=True)
-    engine, metrics = update(policy, batch, PolicyLossConfig())
-    gaps = torch.cat(batch.reference_logprobs) - torch.cat(logprobs_of(model_folders.policy(), SEQUENCES))
-    assert metrics["policy/kl_to_reference"] == pytest.approx(float((gaps.exp() - 1 - gaps).mean()), rel=1e-3)
-    plain, _ = update(model_folders.policy(), replace(batch, reference_logprobs=None), PolicyLossConfig())
-    assert_close(engine.gradients[0], plain.gradients[0])
+    empty = replace(make_batch(policy), sequences=[], old_logprobs=[], advantages=[], in_loss=[])
+    engine, metrics = update(policy, empty, PolicyLossConfig())
+    assert engine.rates == []
+    assert metrics["policy/loss"] is None
+    assert metrics["policy/learning_rate"] == pytest.approx(1e-4)
+
+
+# The reference policy
 
 
 @pytest.mark.parametrize("estimator", [KLEstimator.K2, KLEstimator.K3])
@@ -233,7 +261,7 @@ def test_paying_for_kl_pulls_towards_the_reference(estimator: KLEstimator, model
         advantages=[torch.zeros_like(w) for w in wanted],
         reference_logprobs=wanted,
     )
-    config = PolicyLossConfig(kl_coef=1.0, kl_estimator=estimator)
+    config = PolicyLossConfig(kl_coef=1.0, reference_model=REFERENCE, kl_estimator=estimator)
     optimiser = replace(ONE_STEP, epochs_per_batch=5)
     before = float((torch.cat(logprobs_of(policy, SEQUENCES)) - torch.cat(wanted)).square().mean())
     update(policy, batch, config, optimiser)
@@ -261,8 +289,8 @@ def test_every_response_is_trained_on_once_an_epoch(model_folders: ModelFolders)
     assert [len(minibatch) for minibatch in taken] == [4, 2, 4, 2, 4, 2]
     assert all(sorted(taken[i] + taken[i + 1]) == list(range(6)) for i in (0, 2, 4))
     assert len({frozenset(taken[i]) for i in (0, 2, 4)}) > 1
-    assert engine.rates == pytest.approx([rate * 1e-4 for rate in range(11, 17)])
-    assert metrics["policy/learning_rate"] == pytest.approx(16e-4)
+    assert engine.rates == pytest.approx([rate * 1e-4 / 6 for rate in range(1, 7)])
+    assert metrics["policy/learning_rate"] == pytest.approx(1e-4)
     assert counts.optimiser_steps == 16
     assert not policy.model.training
 

@@ -63,7 +63,7 @@ def test_latents_of_rollouts_agree_with_the_forward_pass_of_training(tiny: TinyA
     rows = list(iter_rollouts(tiny.rollouts))
     sequences = [TokenSequence(row.prompt_token_ids, row.response_token_ids) for row in rows]
     stored = sequences_of(tiny.latents)
-    for batch in forward_batches(policy, sequences, temperature=1.0, layer_indices=(2, 5), num_prompt=1):
+    for batch in forward_batches(policy, sequences, temperature=1.0, tapped=(2, 5), num_prompt=1):
         for index, latents in zip(batch.indices, batch.latents, strict=True):
             torch.testing.assert_close(stored[index][0], latents, atol=1e-4, rtol=1e-4)
 

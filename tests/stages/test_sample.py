@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import time
@@ -12,10 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fake_packages import group, install
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.rollouts import RolloutRow, iter_rollouts
 from rlfr_cli.config.common import GradingConfig
-from rlfr_cli.errors import ConfigError, OutputInUseError, Stopped
+from rlfr_cli.errors import ConfigError, InputError, OutputInUseError, Stopped
 from rlfr_cli.stages import sample
 from stages.tiny_stages import (
     TinyArtifacts,
@@ -191,6 +193,63 @@ def test_a_rule_for_tokens_is_no_rule_for_keeping_responses(tiny: TinyArtifacts,
     assert not (tmp_path / "out").exists()
 
 
+def test_keep_takes_a_rule_from_a_file_and_multiplies_it_with_the_others(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    rules = tmp_path / "my_rules.py"
+    rules.write_text("def digit(facts): return facts.response.count('3') and facts.problem_id[-1] != '0'\n")
+    rows = rows_of(tiny.rollouts)
+    wanted = [row for row in rows if "3" in row.response and row.problem_id[-1] != "0"]
+    assert 0 < len(wanted) < len(rows), "the tests need both kinds"
+    sample.run(sample_config(tiny.policy, tiny.problems, tmp_path / "one", keep=(f"{rules}:digit",)))
+    assert rows_of(tmp_path / "one") == wanted
+    sample.run(sample_config(tiny.policy, tiny.problems, tmp_path / "two", keep=(f"{rules}:digit", "correct")))
+    assert rows_of(tmp_path / "two") == [row for row in wanted if row.correct and row.finish_reason == "stop"]
+
+
+def test_keep_takes_a_rule_of_a_package(tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "from rlfr_cli.flow.reference import BoundRule\n"
+        "@BoundRule\ndef most(bound): return lambda facts: facts.length <= bound\n"
+    )
+    install(monkeypatch, tmp_path, "keeping", group("rlfr.rules", ["most = keeping:most"]), code)
+    lengths = [len(row.response_token_ids) for row in rows_of(tiny.rollouts)]
+    limit = sorted(lengths)[len(lengths) // 2]
+    sample.run(sample_config(tiny.policy, tiny.problems, tmp_path / "out", keep=(f"most={limit}",)))
+    kept = [len(row.response_token_ids) for row in rows_of(tmp_path / "out")]
+    assert kept == [length for length in lengths if length <= limit]
+    assert json.loads((tmp_path / "out" / "stage.json").read_text())["inputs"]["rules"] == {"most": "keeping 1.2"}
+
+
+def test_a_bad_weight_is_a_failure_during_work(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    rules = tmp_path / "my_rules.py"
+    rules.write_text("def minus(facts): return -1\n")
+    with pytest.raises(InputError, match=r"minus gave -1 for a response to problem") as caught:
+        sample.run(sample_config(tiny.policy, tiny.problems, tmp_path / "out", keep=(f"{rules}:minus",)))
+    assert caught.value.exit_code == 1
+
+
+def test_another_content_of_a_rules_file_is_another_config(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    rules = tmp_path / "my_rules.py"
+    rules.write_text("def every(facts): return 1\n")
+    config = sample_config(tiny.policy, tiny.problems, tmp_path / "out", keep=(f"{rules}:every",))
+    sample.run(config)
+    assert sample.run(config)["complete"]
+    rules.write_text("def every(facts): return 0\n")
+    with pytest.raises(OutputInUseError, match=r"inputs\.rules"):
+        sample.run(config)
+
+
+@pytest.mark.parametrize("rule", ["TokenRule(lambda tokens: tokens.logprobs_T)", "None"])
+def test_a_rule_that_cannot_choose_responses_is_refused_before_work(
+    tiny: TinyArtifacts, tmp_path: Path, rule: str
+) -> None:
+    rules = tmp_path / "my_rules.py"
+    rules.write_text(f"from rlfr_cli.flow.reference import TokenRule\nrule = {rule}\n")
+    with pytest.raises(ConfigError, match=r"my_rules\.py") as caught:
+        sample.run(sample_config(tiny.policy, tiny.problems, tmp_path / "out", keep=(f"{rules}:rule",)))
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_config_again_says_so_and_changes_nothing(
     tiny: TinyArtifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,3 +334,33 @@ def test_a_reward_of_the_users_sees_the_response_and_pays_it(tiny: TinyArtifacts
     sample.run(sample_config(tiny.policy, tiny.problems, tmp_path / "out", grading=grading))
     for row in rows_of(tmp_path / "out"):
         assert row.reward == len(row.response) + 100 * row.correct
+
+
+def test_another_content_of_a_rewards_file_is_another_config(
+    tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    reward = tmp_path / "my_reward.py"
+    reward.write_text("def pay(inputs): return [1] * len(inputs)\n")
+    grading = GradingConfig(reward="~/my_reward.py:pay")
+    config = sample_config(tiny.policy, tiny.problems, tmp_path / "out", grading=grading)
+    sample.run(config)
+    reward.write_text("def pay(inputs): return [2] * len(inputs)\n")
+    with pytest.raises(OutputInUseError, match=r"inputs\.reward"):
+        sample.run(config)
+
+
+def test_a_reward_of_a_package_pays_and_is_remembered(
+    tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["lengths = paying:lengths", "accuracy = paying:lengths"]
+    code = "def lengths(inputs): return [len(i.response) for i in inputs]\n"
+    install(monkeypatch, tmp_path, "paying", group("rlfr.rewards", lines), code)
+    for name, remembered in (("lengths", "paying 1.2"), ("accuracy", None)):
+        grading, out = GradingConfig(reward=name), tmp_path / name
+        sample.run(sample_config(tiny.policy, tiny.problems, out, grading=grading))
+        assert json.loads((out / "stage.json").read_text())["inputs"].get("reward") == remembered
+        for row in rows_of(out):
+            accepted = float(row.correct and row.finish_reason == "stop")
+            assert row.reward == (len(row.response) if remembered else accepted)
+    assert "--reward accuracy is the reward of rlfr itself" in capsys.readouterr().err

@@ -50,7 +50,8 @@ from stages.tiny_stages import (
 
 STEPS = 4
 ROLLOUT_KEYS = {
-    "step", "rollout/reward", "rollout/accuracy", "rollout/response_tokens", "rollout/cut_off_fraction",
+    "step", "rollout/reward", "rollout/accuracy", "rollout/responses", "rollout/sampling_rounds",
+    "rollout/trained_fraction", "rollout/response_tokens", "rollout/cut_off_fraction",
     "rollout/zero_variance_group_fraction", "grader/no_answer_fraction", "grader/unparseable_fraction",
     "grader/timeout_fraction", "engine/logprob_gap_max", "engine/kl_to_trainer",
     "advantage/mean", "advantage/std", "advantage/min", "advantage/max", "advantage/negative_fraction",
@@ -60,7 +61,7 @@ ROLLOUT_KEYS = {
 }  # fmt: skip
 FLOW_KEYS = {
     "flow/deviation", "flow/deviation_correct", "flow/deviation_wrong", "flow/auc", "flow/rewarded_fraction",
-    "flow/reward_sum_correct", "flow/reward_sum_wrong",
+    "flow/reward_sum_correct", "flow/reward_sum_wrong", "flow/coef",
 }  # fmt: skip
 ONLINE_KEYS = {
     "flow/loss", "flow/gradient_norm", "flow/steps", "flow/accepted_fraction", "flow/batches_without_accepted",
@@ -664,7 +665,11 @@ def test_a_reference_model_of_another_vocabulary_is_refused(
         ({"flow": Path("f"), "layer_fraction": (0.5,)}, "without --new-flow"),
         ({"new_flow": True, "online": OnlineConfig(online_steps=0)}, "--online-steps 0"),
         ({"new_flow": True, "network": NetworkConfig(normalisation=Normalisation.CHANNEL)}, "no statistics"),
-        ({"policy_loss": PolicyLossConfig(kl_coef=0.1)}, "--kl-coef needs --reference-model"),
+        ({"scores": ScoreSource.SHUFFLED}, "--scores shuffled"),
+        (
+            {"scores": ScoreSource.LIKELIHOOD, "rollout": RolloutConfig(dynamic_sampling=True)},
+            "--uniform-groups must be given",
+        ),
         ({"overwrite": True, "resume": True}, "--overwrite and --resume"),
         ({"evaluation": RunEvalConfig(eval_temperature=0.0)}, "--eval-samples 4"),
     ],

@@ -1,7 +1,7 @@
 """The flow file: ``flow.safetensors``, a velocity network and everything needed to use it.
 
-Tensors are the network's state dict, and ``statistics.mean`` and ``statistics.std`` [layers, hidden] where
-latents are normalised. The header is JSON under the metadata key ``rlfr``; with it lies a digest of the
+Tensors are the network's state dict, and ``statistics.mean`` and ``statistics.std`` [tapped states, hidden]
+where latents are normalised. The header is JSON under the metadata key ``rlfr``; with it lies a digest of the
 tensors, so that an altered file is refused. Nobody repeats any of it on a command line.
 """
 
@@ -20,9 +20,12 @@ from rlfr_cli.artifacts.files import canonical_json, write_atomically
 from rlfr_cli.artifacts.fingerprint import ModelFingerprint
 from rlfr_cli.artifacts.shards import open_tensors, read_metadata, save_tensors
 from rlfr_cli.errors import ArtifactError, MismatchError, MissingInputError
+from rlfr_cli.states import State, parse_state, state_text, states_in_order
 
 FLOW_FORMAT_VERSION = 1
 STATISTICS = ("statistics.mean", "statistics.std")
+# A published network may be imported twice with other contexts: equal tensors that give other scores.
+USED_FACTS = ("rms_epsilon", "time_scale", "layer_indices", "num_blocks", "pairings", "context_layer")
 NOT_A_FLOW_HINT = "give the flow.safetensors that `rlfr fit-flow` wrote, or that of a checkpoint"
 
 
@@ -48,7 +51,7 @@ class FlowHeader:
         layer_indices: tapped decoder blocks.
         num_blocks: decoder blocks of the model.
         pairings: which neighbour conditions which token.
-        context_layer: the layer of the condition, where it is not the target's.
+        context_layer: the state of the condition, a block's index or ``final-norm``, where it is not the target's.
         normalisation: ``none``, or ``channel``: by the statistics in the file.
         model: fingerprint of the model whose latents it was fitted on; None for an imported flow.
         steps: optimiser steps taken.
@@ -77,6 +80,18 @@ class FlowHeader:
     train_loss: float | None = None
     heldout_loss: float | None = None
     policy_step: int | None = None
+
+    @property
+    def tapped(self) -> tuple[State, ...]:
+        """What must be tapped of the policy, in the order of the latents' columns."""
+        context = [] if self.context_layer is None else [parse_state(self.context_layer)]
+        return states_in_order(self.layer_indices, context)
+
+    @property
+    def contexts(self) -> list[str]:
+        """The pairings in words: ``next 1``, or ``next 1 of final-norm`` where that is the context layer."""
+        of = "" if self.context_layer is None else f" of {state_text(self.context_layer)}"
+        return [f"{pairing['context']} {pairing['shift']}{of}" for pairing in self.pairings]
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -137,8 +152,10 @@ def read_flow_header(path: str | Path) -> FlowHeader:
 
 
 def flow_fingerprint(path: str | Path) -> str:
-    """Digest of a flow's tensors, as its header holds it: the same for equal weights and statistics."""
-    return _open_header(Path(path))[1]
+    """Digest of what a flow computes: its tensors, and the facts by which latents become its input."""
+    header, tensors = _open_header(Path(path))
+    facts = {name: getattr(header, name) for name in USED_FACTS}
+    return hashlib.sha256(canonical_json({**facts, "tensors": tensors})).hexdigest()
 
 
 def read_flow(path: str | Path) -> tuple[FlowHeader, dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Latents on disk: ragged and packed, in safetensors shards of a stage folder.
 
-Legend: ``N`` kept tokens of a shard, ``J`` tapped layers, ``D`` hidden size, ``S`` sequences.
+Legend: ``N`` kept tokens of a shard, ``J`` tapped states, ``D`` hidden size, ``S`` sequences.
 A shard holds ``latents`` [N, J, D], ``token_ids`` [N], ``sequence_offsets`` [S + 1] and ``sequence_ids`` [S],
 the row of each sequence in the source that the manifest names. A sequence is some of the last prompt tokens,
 as many as the manifest's ``num_prompt_tokens``, then all response tokens. Layers stand in the order of
@@ -23,6 +23,7 @@ from rlfr_cli.artifacts.fingerprint import ModelFingerprint
 from rlfr_cli.artifacts.reading import ArtifactFolder
 from rlfr_cli.artifacts.shards import open_tensors, read_metadata
 from rlfr_cli.errors import ArtifactError
+from rlfr_cli.states import State, parse_state
 
 LATENT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -52,9 +53,9 @@ class LatentsInfo:
     source: str
 
     @property
-    def num_layers(self) -> int:
-        """Length of the layer axis."""
-        return len(self.layer_indices) + len(self.context_layers)
+    def states(self) -> tuple[State, ...]:
+        """What lies on the layer axis, in order."""
+        return (*self.layer_indices, *map(parse_state, self.context_layers))
 
     def to_extra(self) -> dict[str, Any]:
         """The facts as the manifest holds them."""
@@ -153,9 +154,9 @@ class LatentsFolder:
         path = self.folder.tensor_shard(index, verify=False)
         with open_tensors(path) as tensors:
             shape = tensors.get_slice("latents").get_shape()
-        if shape[1:] != [self.info.num_layers, self.info.hidden_size]:
+        if shape[1:] != [len(self.info.states), self.info.hidden_size]:
             raise ArtifactError(
-                f"{path} holds latents of shape {shape}, and the manifest speaks of {self.info.num_layers} "
+                f"{path} holds latents of shape {shape}, and the manifest speaks of {len(self.info.states)} "
                 f"layers of hidden size {self.info.hidden_size}"
             )
         return shape[0]

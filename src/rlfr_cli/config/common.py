@@ -132,17 +132,9 @@ class GradingConfig(ConfigGroup):
     reward: str = option(
         "published",
         help="Outcome reward: published (correct 1; wrong or unparseable 0.5; no answer, time-out or cut off "
-        "0), accuracy (1 or 0), or a function of yours as file.py:function.",
-        metavar="published|accuracy|FILE.py:FUNCTION",
+        "0), accuracy (1 or 0), or a function of yours as file.py:function or by the name that its package gives it.",
+        metavar="published|accuracy|FILE.py:FUNCTION|NAME",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reward not in ("published", "accuracy") and not re.fullmatch(r".+\.py:[^\W\d]\w*", self.reward):
-            raise ConfigError(
-                f"--reward must be published, accuracy or FILE.py:FUNCTION, got {self.reward!r}",
-                hint="name a function in a Python file, such as --reward my_reward.py:length_penalty",
-            )
 
 
 def refuse_float16(config: CommonConfig) -> None:

@@ -1,14 +1,22 @@
-"""Options of `rlfr fit-flow`: a flow-matching network learns the velocity field of latents."""
+"""Options of `rlfr fit-flow`: a flow-matching network learns the velocity field of latents.
+
+They come from folders of latents, or from a policy that reads responses while the flow is fitted.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from rlfr_cli.config.common import CommonConfig, refuse_float16
-from rlfr_cli.config.fields import ConfigGroup, group, option
+from rlfr_cli.config.extract_latents import ReadResponsesConfig
+from rlfr_cli.config.fields import ConfigGroup, group, leaf_options, option
 from rlfr_cli.config.flow import NetworkConfig
 from rlfr_cli.errors import ConfigError
+
+# Of these the choice of latents does not depend: a recipe's [common] may hold them for other commands.
+NO_CHOICE_OF_LATENTS = ("--model", "--system-prompt", "--prompt-template", "--tokens-per-batch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +39,22 @@ class FitOptimiserConfig(ConfigGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitFlowConfig(CommonConfig):
-    """`init_from` excludes options of the network that differ from the flow's own."""
+class FitFlowConfig(ReadResponsesConfig):
+    """One of `latents`, `rollouts` and `data` is given; the last two with `model`, whose latents are not stored.
 
-    latents: tuple[Path, ...] = option(help="Folders of latents.", positional=True, path=True)
+    `init_from` excludes options of the network that differ from the flow's own.
+    """
+
+    latents: tuple[Path, ...] = option(
+        (), help="Folders of latents; or give --model with --rollouts or --data.", positional=True, path=True
+    )
+    model: str | None = option(
+        None,
+        help="The policy whose latents are taken on the fly: a Hugging Face model folder or name.",
+        short="-m",
+        panel="Responses",
+        path=True,
+    )
     out: Path = option(Path("flow.safetensors"), help="File of the flow.", short="-o", path=True)
     network: NetworkConfig = group(NetworkConfig, panel="Flow")
     optimiser: FitOptimiserConfig = group(FitOptimiserConfig, panel="Optimiser")
@@ -54,6 +74,14 @@ class FitFlowConfig(CommonConfig):
         panel="Evaluation",
         minimum=1,
     )
+    statistics_tokens: int | None = option(
+        None,
+        help="Response tokens, of training sequences drawn by the seed, that mean and deviation of the channels come "
+        "from; all of them by default.",
+        panel="Evaluation",
+        minimum=1,
+        metavar="N",
+    )
     tokens_per_chunk: int = option(
         16384,
         help="Tokens that the network sees at once; changes memory, not results.",
@@ -64,9 +92,41 @@ class FitFlowConfig(CommonConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         refuse_float16(self)
-        if not self.latents:
-            raise ConfigError("LATENTS must name at least one folder of latents")
+        self._check_source()
         if self.optimiser.steps == 0 and self.init_from is None:
             raise ConfigError(
                 "--steps 0 would leave a new flow as it begins", hint="give 1 or more, or --init-from with a flow"
             )
+
+    def _check_source(self) -> None:
+        given = {"LATENTS": self.latents, "--rollouts": self.rollouts, "--data": self.data}
+        names = [name for name, value in given.items() if value]
+        if len(names) != 1:
+            raise ConfigError(
+                f"exactly one of {', '.join(given)} must be given, got {' and '.join(names) or 'none'}",
+                hint="name folders of latents, or --model with --rollouts or --data to take latents on the fly",
+            )
+        if not self.latents:
+            if self.model is None:
+                raise ConfigError(f"{names[0]} needs --model, the policy that reads the responses")
+            self.check_layers()
+        else:
+            changed = [name for name in self._options_of_responses() if name not in NO_CHOICE_OF_LATENTS]
+            if changed:
+                raise ConfigError(
+                    f"LATENTS are read as they are, and {', '.join(changed)} is for latents that are taken on the fly",
+                    hint="give it to `rlfr extract-latents`, or to fit-flow with --model and --rollouts or --data",
+                )
+            object.__setattr__(self, "layer_fraction", ())  # the folders say which layers they hold
+
+    @property
+    def unused_options(self) -> list[str]:
+        """Options that folders of latents leave without effect."""
+        return self._options_of_responses() if self.latents else []
+
+    def _options_of_responses(self) -> list[str]:
+        """Those of the policy and its responses that differ from their default."""
+        elsewhere = leaf_options(CommonConfig)
+        leaves = [leaf for leaf in leaf_options(ReadResponsesConfig) if leaf not in elsewhere]
+        leaves += [leaf for leaf in leaf_options(type(self)) if leaf.path == ("model",)]
+        return [leaf.name for leaf in leaves if attrgetter(leaf.key)(self) not in (leaf.default, ())]

@@ -28,7 +28,7 @@ class SampleConfig(CommonConfig):
     group_size: int = option(8, help="Responses drawn for each problem.", minimum=1)
     keep: tuple[str, ...] = option(
         (),
-        help="Keep only responses that this rule accepts, such as correct; may be repeated.",
+        help="Keep only responses that this rule accepts, such as correct or FILE.py:FUNCTION; may be repeated.",
         metavar="RULE",
     )
     problems_per_shard: int = option(

@@ -136,7 +136,7 @@ def deviations(
     Args:
         noise: usually ``keyed_noise(seed, response_keys, pairs)``.
         timesteps: rewarding timesteps, each in (0, 1) and with its own weight in the score.
-        num_draws: noise draws to average; with antithetic noise an even number.
+        num_draws: noise draws to average; with antithetic noise an even number, or a pair is cut.
         tokens_per_chunk: bounds memory, about tokens_per_chunk * width * (3 * depth + num_draws) numbers.
         autocast_dtype: what the network computes in; errors are taken and summed in float32.
     """

@@ -17,16 +17,22 @@ from rlfr_cli.flow.deviation import DeviationResult, deviations, keyed_noise
 from rlfr_cli.flow.normalisation import LatentStatistics
 from rlfr_cli.flow.pairing import PairedLatents, Pairing, TappedLayers, pair_tokens, prompt_tokens_needed
 from rlfr_cli.flow.velocity import VelocityNetwork
+from rlfr_cli.states import State
 
 
 @dataclass
 class Flow:
-    """A velocity network, the layers and pairings it was fitted with, and its statistics if any."""
+    """A velocity network, the layers and pairings it was fitted with, and its statistics if any, of every column."""
 
     network: VelocityNetwork
     layers: TappedLayers
     pairings: tuple[Pairing, ...]
     statistics: LatentStatistics | None = None
+
+    @property
+    def tapped(self) -> tuple[State, ...]:
+        """What must be tapped of the policy, in the order of the latents' columns."""
+        return self.layers.tapped
 
     @property
     def num_prompt(self) -> int:
@@ -47,7 +53,9 @@ class Flow:
         lengths = [len(sequence) for sequence in latents]
         offsets = torch.tensor([0, *lengths], dtype=torch.int64, device=self.device).cumsum(0)
         paired = pair_tokens(offsets, self.num_prompt if num_prompt is None else num_prompt, self.pairings)
-        return PairedLatents(torch.cat(list(latents)), paired, self.layers, self.statistics)
+        packed_NJD = torch.cat(list(latents))
+        assert packed_NJD.shape[1] == len(self.tapped), (packed_NJD.shape, self.tapped)
+        return PairedLatents(packed_NJD, paired, self.layers, self.statistics)
 
     def deviations(
         self,
@@ -57,6 +65,7 @@ class Flow:
         seed: int,
         timesteps: Sequence[float],
         num_draws: int = 1,
+        antithetic: bool = False,
         autocast_dtype: torch.dtype | None = None,
     ) -> DeviationResult:
         """Deviation and score of every valid token; see ``deviation.py``.
@@ -64,7 +73,7 @@ class Flow:
         Raises:
             WorkError: a score is not finite.
         """
-        noise = keyed_noise(seed, response_keys, pairs)
+        noise = keyed_noise(seed, response_keys, pairs, antithetic=antithetic)
         result = deviations(
             self.network, pairs, noise, timesteps=timesteps, num_draws=num_draws, autocast_dtype=autocast_dtype
         )

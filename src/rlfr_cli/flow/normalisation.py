@@ -1,6 +1,6 @@
-"""Mean and standard deviation of latents, per tapped layer and channel.
+"""Mean and standard deviation of latents, per tapped state and channel.
 
-``StatisticsAccumulator`` streams over packed latents [tokens, layers, hidden] and merges batches in float64
+``StatisticsAccumulator`` streams over packed latents [tokens, states, hidden] and merges batches in float64
 (Chan, Golub and LeVeque, 1979); ``LatentStatistics`` is what a flow file keeps, and what is applied to
 target and condition alike before noise. The same numbers are the Gaussian that a flow has to beat
 (``baselines.py``).

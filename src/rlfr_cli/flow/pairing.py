@@ -1,6 +1,6 @@
 """Which latent is a target, and which is its condition.
 
-Latents are packed, [tokens, tapped layers, hidden], without padding; sequence i is the rows
+Latents are packed, [tokens, tapped states, hidden], without padding; sequence i is the rows
 ``sequence_offsets[i] : sequence_offsets[i + 1]``: its last prompt tokens, then its response tokens. Only
 response tokens are targets. A response token is valid when every pairing in use has its neighbour inside
 its own sequence; the others (the last token, with ``next``) are left out of losses, shaping, means and
@@ -20,6 +20,7 @@ from torch import Tensor
 from rlfr_cli.errors import ConfigError
 from rlfr_cli.flow.choices import Context
 from rlfr_cli.flow.normalisation import LatentStatistics
+from rlfr_cli.states import State, states_in_order
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,18 @@ class Pairing:
 class TappedLayers:
     """The decoder blocks whose latents are targets: column j of the latents is block ``indices[j]``.
 
-    ``context_column`` names the column that conditions come from (``None``: the target's own), which may lie
-    behind those of the targets.
+    ``context`` is the state that conditions come from (``None``: the target's own). Where it is none of the
+    targets' blocks, its column lies behind theirs.
     """
 
     indices: tuple[int, ...]
     num_blocks: int
-    context_column: int | None = None
+    context: State | None = None
+
+    @property
+    def tapped(self) -> tuple[State, ...]:
+        """What the columns of the latents are, in order."""
+        return states_in_order(self.indices, () if self.context is None else (self.context,))
 
     @property
     def positions(self) -> tuple[float, ...]:
@@ -61,7 +67,7 @@ class TappedLayers:
         return tuple(index / self.num_blocks for index in self.indices)
 
     def condition_column(self, target_column: int) -> int:
-        return target_column if self.context_column is None else self.context_column
+        return target_column if self.context is None else self.tapped.index(self.context)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from rlfr_cli.policy.batching import pad_right, token_budget_batches
 from rlfr_cli.policy.loading import Policy
 from rlfr_cli.policy.logprobs import token_logprobs
 from rlfr_cli.policy.tapping import Taps, tap
+from rlfr_cli.states import State
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class ForwardBatch:
         indices: which of the sequences asked for.
         logprobs: [T] each, float32.
         entropies: [T] each, in nats, float32.
-        latents: [num_prompt + T, tapped layers, hidden] each; empty where no layer is tapped.
+        latents: [num_prompt + T, tapped states, hidden] each; empty where none is tapped.
     """
 
     indices: list[int]
@@ -74,18 +75,18 @@ def forward_batches(
     sequences: Sequence[TokenSequence],
     *,
     temperature: float,
-    layer_indices: Sequence[int] = (),
+    tapped: Sequence[State] = (),
     num_prompt: int = 1,
     tokens_per_batch: int = 16384,
 ) -> Iterator[ForwardBatch]:
     """Log-probabilities, entropies and latents of all responses, batch by batch, without gradients.
 
     Args:
-        layer_indices: tapped blocks; none for no latents.
+        tapped: blocks, or the final normed state; none for no latents.
         num_prompt: last prompt tokens whose latents are kept.
         tokens_per_batch: budget of a padded batch. It changes speed and memory, not the result.
     """
-    with tap(policy.decoder, layer_indices) as taps:
+    with tap(policy.decoder, tapped) as taps:
         for indices in token_budget_batches([len(s) for s in sequences], tokens_per_batch):
             rows = [sequences[index] for index in indices]
             lengths = [len(row.response) for row in rows]
@@ -93,7 +94,7 @@ def forward_batches(
             with torch.no_grad():
                 logprobs, entropies = response_logprobs(policy, rows, temperature)
             latents: list[torch.Tensor] = []
-            if layer_indices:
+            if tapped:
                 latents = list(taps.latents().split([length + num_prompt for length in lengths]))
             yield ForwardBatch(indices, list(logprobs.split(lengths)), list(entropies.split(lengths)), latents)
 

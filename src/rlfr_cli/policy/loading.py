@@ -1,8 +1,8 @@
 """Load a policy: a Hugging Face causal language model folder, its tokenizer, and the few facts rlfr needs of it.
 
 Reads a model folder (``config.json``, safetensors, tokenizer files) and writes nothing. ``load_policy`` gives the
-whole model; ``load_decoder`` only the decoder blocks up to the deepest one whose latents are wanted, without an
-output head, and reads only those weights from disk.
+whole model; ``load_decoder`` only the decoder blocks that the wanted latents need, without an output head, and
+reads only those weights from disk.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from rlfr_cli.errors import ConfigError, InputError, MissingInputError
+from rlfr_cli.states import State, blocks_needed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -201,16 +202,24 @@ def load_policy(folder: Path, placement: Placement, *, weights_dtype: torch.dtyp
     return policy
 
 
-def load_decoder(folder: Path, placement: Placement, num_blocks: int) -> Any:
-    """Load only the first ``num_blocks`` decoder blocks, without an output head, in the placement's dtype."""
+def load_decoder(folder: Path, placement: Placement, tapped: Sequence[State]) -> Any:
+    """Load only the decoder blocks that these states need, without an output head, in the placement's dtype.
+
+    ``blocks_left_out`` of what is returned says how many of the model's last blocks are missing: with any missing, its
+    output is not the model's final normed state, and ``tap`` refuses it.
+    """
     from transformers import AutoModel
 
     config = copy.deepcopy(read_model_config(folder, placement.trust_remote_code))
     text = config.get_text_config()
+    num_blocks = blocks_needed(tapped, text.num_hidden_layers)
+    left_out = text.num_hidden_layers - num_blocks
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[:num_blocks]
     text.num_hidden_layers = num_blocks
-    return _from_pretrained(AutoModel, folder, config, placement, placement.dtype)
+    decoder = _from_pretrained(AutoModel, folder, config, placement, placement.dtype)
+    decoder.blocks_left_out = left_out
+    return decoder
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

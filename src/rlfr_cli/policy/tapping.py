@@ -1,7 +1,8 @@
 """Tap latents: the output of a decoder block, taken by a hook on the block, before any final norm.
 
-A model's ``hidden_states`` are normed at the end of a truncated model, so they are never used. Only the rows asked
-for are kept. Shapes: B rows, S positions, N kept tokens, J tapped layers, D hidden size.
+The final normed state, which may condition a flow, is the output of the whole decoder: what the output head reads. A
+model's ``hidden_states`` are normed at the end of a truncated model, so they are never used. Only the rows asked for
+are kept. Shapes: B rows, S positions, N kept tokens, J tapped states, D hidden size.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import torch
 from torch import nn
 
 from rlfr_cli.errors import ConfigError, InputError
-
-FINAL_NORM = "final-norm"
+from rlfr_cli.states import FINAL_NORM, State
 
 
 def tapped_layers(num_blocks: int, fractions: Sequence[float], indices: Sequence[int] = ()) -> tuple[int, ...]:
@@ -53,21 +53,24 @@ def decoder_blocks(decoder: nn.Module) -> nn.ModuleList:
 
 
 def block_output(output: Any) -> torch.Tensor:
-    """Hidden states [B, S, D] of a block: transformers 5 returns a tensor, earlier versions a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """Hidden states [B, S, D] of a block's or decoder's output: a tensor, or the first entry of what holds more.
+
+    Blocks of transformers 5 return a tensor, those of earlier versions a tuple, and decoders a ``ModelOutput``.
+    """
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 class Taps:
     """What the hooks of one forward pass have kept; ``latents`` stacks it as [N, J, D]."""
 
-    def __init__(self, layer_indices: Sequence[int]) -> None:
-        self.layer_indices = tuple(layer_indices)
+    def __init__(self, tapped: Sequence[State]) -> None:
+        self.tapped = tuple(tapped)
         self.rows_N: torch.Tensor | None = None
-        self._kept: dict[int, torch.Tensor] = {}
+        self._kept: dict[State, torch.Tensor] = {}
 
-    def keep(self, layer: int, hidden_BSD: torch.Tensor) -> None:
+    def keep(self, state: State, hidden_BSD: torch.Tensor) -> None:
         assert self.rows_N is not None, "select() comes before the forward pass"
-        self._kept[layer] = hidden_BSD.detach().reshape(-1, hidden_BSD.shape[-1])[self.rows_N]
+        self._kept[state] = hidden_BSD.detach().reshape(-1, hidden_BSD.shape[-1])[self.rows_N]
 
     def select(self, rows_N: torch.Tensor) -> None:
         """Name the rows of the flattened [B × S] positions that the next forward pass keeps."""
@@ -75,21 +78,29 @@ class Taps:
         self._kept = {}
 
     def latents(self) -> torch.Tensor:
-        """Latents [N, J, D] of the last forward pass, layers in the order asked for."""
-        assert len(self._kept) == len(self.layer_indices), "a tapped block did not run"
-        return torch.stack([self._kept[layer] for layer in self.layer_indices], dim=1)
+        """Latents [N, J, D] of the last forward pass, states in the order asked for."""
+        assert len(self._kept) == len(self.tapped), "a tapped block did not run"
+        return torch.stack([self._kept[state] for state in self.tapped], dim=1)
 
 
 @contextmanager
-def tap(decoder: nn.Module, layer_indices: Sequence[int]) -> Iterator[Taps]:
-    """Hook the named blocks; the hooks leave with the block of code."""
+def tap(decoder: nn.Module, tapped: Sequence[State]) -> Iterator[Taps]:
+    """Hook the named blocks, and for the final normed state the decoder; the hooks leave with the block of code.
+
+    Raises:
+        ValueError: the final normed state of a decoder that ``load_decoder`` has truncated: it would be another one.
+    """
+    left_out = getattr(decoder, "blocks_left_out", 0)
+    if FINAL_NORM in tapped and left_out:
+        raise ValueError(f"{FINAL_NORM} was asked of a decoder without the last {left_out} of its blocks")
     blocks = decoder_blocks(decoder)
-    taps = Taps(layer_indices)
+    taps = Taps(tapped)
 
-    def hook_of(layer: int) -> Any:
-        return lambda _module, _inputs, output: taps.keep(layer, block_output(output))
+    def hook_of(state: State) -> Any:
+        return lambda _module, _inputs, output: taps.keep(state, block_output(output))
 
-    handles = [blocks[layer].register_forward_hook(hook_of(layer)) for layer in layer_indices]
+    modules = {state: blocks[state] if isinstance(state, int) else decoder for state in tapped}
+    handles = [module.register_forward_hook(hook_of(state)) for state, module in modules.items()]
     try:
         yield taps
     finally:

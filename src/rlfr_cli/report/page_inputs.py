@@ -180,7 +180,7 @@ def _sample_facts(folder: ArtifactFolder) -> dict[str, str]:
 def _flow_facts(header: FlowHeader) -> dict[str, str]:
     return {
         "layers": f"blocks {format_value(header.layer_indices)} of {header.num_blocks}",
-        "context": ", ".join(f"{pairing['context']} {pairing['shift']}" for pairing in header.pairings),
+        "context": ", ".join(header.contexts),
     }
 
 

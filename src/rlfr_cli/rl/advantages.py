@@ -4,7 +4,7 @@ The outcome reward is normalised within its group (``Estimator``) and sits on a 
 rewards sit on theirs; A[k] = sum over j >= k of discount^(j - k) * reward[j].
 
 Sources: group-norm, GRPO (Shao et al., 2024); mean-only, Dr. GRPO (Liu et al., 2025); leave-one-out, RLOO
-(Ahmadian et al., 2024); reinforce-baseline, REINFORCE++ (Hu, 2025).
+(Ahmadian et al., 2024); reinforce-baseline, REINFORCE++ (Hu, 2025); ``entropy_shaped``, Cheng et al. (2025).
 
 Shapes: R responses, K response tokens packed in order.
 """
@@ -81,6 +81,14 @@ def whiten(advantages_K: Tensor) -> Tensor:
     if advantages_K.numel() == 0 or bool((advantages_K == advantages_K[0]).all()):
         return torch.zeros_like(advantages_K)
     return (centred_K / (centred_K.square().mean().sqrt() + STD_EPSILON)).float()
+
+
+def entropy_shaped(advantages_K: Tensor, entropies_K: Tensor, *, scale: float, cap: float) -> Tensor:
+    """A + min(scale * H, |A| / cap) [K], of entropies H in nats: it never changes a sign, as ``cap`` is above 1.
+
+    Source: Cheng et al., "Reasoning with Exploration: An Entropy Perspective" (2025), scale 0.4, cap 2.
+    """
+    return advantages_K + torch.minimum(scale * entropies_K, advantages_K.abs() / cap)
 
 
 def advantages(

@@ -35,3 +35,17 @@ class KLEstimator(StrEnum):
     K1 = "k1"  # d
     K2 = "k2"  # d^2 / 2
     K3 = "k3"  # exp(-d) - 1 + d
+
+
+class KLPlace(StrEnum):
+    """Where the KL to the reference policy is paid for."""
+
+    LOSS = "loss"
+    REWARD = "reward"  # each token's reward, before returns
+
+
+class UniformGroups(StrEnum):
+    """What becomes of a group whose outcome rewards are all equal."""
+
+    KEEP = "keep"  # its outcome advantage is 0; token rewards still train it
+    DROP = "drop"  # left out of the loss and of its mean

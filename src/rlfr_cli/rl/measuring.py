@@ -14,10 +14,11 @@ import torch
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.config.flow import FlowRewardConfig, ScoreSource
 from rlfr_cli.flow.flow import Flow, response_key
-from rlfr_cli.flow.noise import Key, keyed_generator, keyed_seed
+from rlfr_cli.flow.noise import Key, keyed_seed
 from rlfr_cli.flow.shaping import ShapingOptions, shape_scores
 from rlfr_cli.policy.forward import ForwardBatch, TokenSequence, forward_batches
 from rlfr_cli.policy.loading import Policy
+from rlfr_cli.rl.token_scores import token_scores
 
 
 @dataclass
@@ -27,8 +28,9 @@ class Measurement:
     Attributes:
         logprobs: of the policy that is about to be trained, in nats.
         entropies: in nats.
-        deviations: NaN where a token is not valid; empty without a flow. So ``scores``.
-        flow_rewards: 0 where a token is not valid; all 0 without a flow.
+        deviations: NaN where a token is not valid; empty without a flow.
+        scores: what is shaped into flow rewards, NaN where a token has none; empty where nothing is.
+        flow_rewards: 0 where a token has no score.
         latents: [prompt tokens kept + T, J, D] of the responses that the flow may learn from, by index.
     """
 
@@ -54,7 +56,6 @@ def measure(
     temperature: float,
     reward: FlowRewardConfig,
     scores_from: ScoreSource,
-    pay_flow_reward: bool,
     key: tuple[Key, ...],
     tokens_per_batch: int,
 ) -> Measurement:
@@ -64,9 +65,8 @@ def measure(
         flow: None for plain RLVR.
         keep_latents: which responses' latents to keep for the online update.
         temperature: that of sampling.
-        reward: from deviation to flow reward.
+        reward: from deviation to flow reward, with the coefficient and the draws of this step.
         scores_from: what is shaped into flow rewards; the deviations reported are the flow's either way.
-        pay_flow_reward: False while a new flow warms up.
         key: names the noise of the scores: seed and step.
         tokens_per_batch: budget of a padded batch.
     """
@@ -78,7 +78,7 @@ def measure(
         policy,
         sequences_of(rows),
         temperature=temperature,
-        layer_indices=() if flow is None else flow.layers.indices,
+        tapped=() if flow is None else flow.tapped,
         num_prompt=1 if flow is None else flow.num_prompt,
         tokens_per_batch=tokens_per_batch,
     )
@@ -91,10 +91,19 @@ def measure(
             if keep_latents[index] and batch.latents:
                 measured.latents[index] = batch.latents[place]
         if flow is not None:
-            _score_batch(measured, flow, batch, rows, reward, scores_from, key, policy.placement.dtype)
-    measured.flow_rewards = [torch.zeros_like(logprobs_T) for logprobs_T in measured.logprobs]
-    if flow is not None and pay_flow_reward:
-        measured.flow_rewards = flow_rewards(measured.scores, reward)
+            _score_batch(measured, flow, batch, rows, reward, key, policy.placement.dtype)
+    if flow is None and scores_from.needs_flow:
+        measured.flow_rewards = [torch.zeros_like(logprobs_T) for logprobs_T in measured.logprobs]
+        return measured
+    measured.scores = token_scores(
+        scores_from,
+        measured.scores if flow is not None else None,
+        measured.logprobs,
+        measured.entropies,
+        [response_key(row.problem_id, row.sample_index) for row in rows],
+        keyed_seed(*key),
+    )
+    measured.flow_rewards = flow_rewards(measured.scores, reward)
     return measured
 
 
@@ -115,36 +124,28 @@ def flow_rewards(scores: Sequence[torch.Tensor], reward: FlowRewardConfig) -> li
     return list(shaped.flow_reward_K.split(lengths))
 
 
-def random_scores(seed: int, keys: Sequence[str], valid: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The control: uniform scores [T] on the same valid tokens, keyed by response, NaN elsewhere."""
-    drawn = []
-    for key, valid_T in zip(keys, valid, strict=True):
-        generator = keyed_generator(valid_T.device, seed, "random scores", key)
-        scores_T = torch.rand(len(valid_T), generator=generator, device=valid_T.device)
-        drawn.append(torch.where(valid_T, scores_T, torch.nan))
-    return drawn
-
-
 def _score_batch(
     measured: Measurement,
     flow: Flow,
     batch: ForwardBatch,
     rows: Sequence[RolloutRow],
     reward: FlowRewardConfig,
-    scores_from: ScoreSource,
     key: tuple[Key, ...],
     dtype: torch.dtype,
 ) -> None:
     keys = [response_key(rows[index].problem_id, rows[index].sample_index) for index in batch.indices]
-    seed = keyed_seed(*key)
     pairs = flow.pair(batch.latents)
     result = flow.deviations(
-        pairs, keys, seed=seed, timesteps=reward.timestep, num_draws=reward.num_draws, autocast_dtype=dtype
+        pairs,
+        keys,
+        seed=keyed_seed(*key),
+        timesteps=reward.timestep,
+        num_draws=reward.num_draws,
+        antithetic=reward.antithetic,
+        autocast_dtype=dtype,
     )
     lengths = [len(logprobs_T) for logprobs_T in batch.logprobs]
     deviations = pairs.paired.over_responses(result.deviation_M, torch.nan).split(lengths)
-    scores = list(pairs.paired.over_responses(result.score_M, torch.nan).split(lengths))
-    if scores_from is ScoreSource.RANDOM:
-        scores = random_scores(seed, keys, [~scores_T.isnan() for scores_T in scores])
+    scores = pairs.paired.over_responses(result.score_M, torch.nan).split(lengths)
     for place, index in enumerate(batch.indices):
         measured.deviations[index], measured.scores[index] = deviations[place], scores[place]

@@ -58,24 +58,31 @@ def advantage_metrics(advantages: Sequence[torch.Tensor]) -> Metrics:
 def flow_metrics(rows: Sequence[RolloutRow], measured: Measurement) -> Metrics:
     """Deviation of correct and of wrong responses and its AUC, share of tokens rewarded, summed flow rewards.
 
-    ``flow/auc`` is the chance that a wrong response deviates more than a correct one; None without both kinds.
+    ``flow/auc`` is the chance that a wrong response deviates more than a correct one; None without both kinds. Without
+    a flow there are no deviations, and without scores nothing at all.
     """
-    means = [float(deviations_T.nanmean()) for deviations_T in measured.deviations]
     wrong = [not is_accepted(row.grade, row.finish_reason) for row in rows]
-    usable = [index for index, mean in enumerate(means) if mean == mean]
-    auc = auc_with_interval([means[i] for i in usable], [wrong[i] for i in usable])
-    sums = [float(rewards_T.sum()) for rewards_T in measured.flow_rewards]
-    rewarded = sum(int((rewards_T != 0).sum()) for rewards_T in measured.flow_rewards)
-    valid = sum(int((~scores_T.isnan()).sum()) for scores_T in measured.scores)
-    return {
-        "flow/deviation": _mean([means[i] for i in usable]),
-        "flow/deviation_correct": _mean([means[i] for i in usable if not wrong[i]]),
-        "flow/deviation_wrong": _mean([means[i] for i in usable if wrong[i]]),
-        "flow/auc": auc.value,
-        "flow/rewarded_fraction": rewarded / max(1, valid),
-        "flow/reward_sum_correct": _mean([value for value, bad in zip(sums, wrong, strict=True) if not bad]),
-        "flow/reward_sum_wrong": _mean([value for value, bad in zip(sums, wrong, strict=True) if bad]),
-    }
+    metrics: Metrics = {}
+    if measured.deviations:
+        means = [float(deviations_T.nanmean()) for deviations_T in measured.deviations]
+        usable = [index for index, mean in enumerate(means) if mean == mean]
+        auc = auc_with_interval([means[i] for i in usable], [wrong[i] for i in usable])
+        metrics |= {
+            "flow/deviation": _mean([means[i] for i in usable]),
+            "flow/deviation_correct": _mean([means[i] for i in usable if not wrong[i]]),
+            "flow/deviation_wrong": _mean([means[i] for i in usable if wrong[i]]),
+            "flow/auc": auc.value,
+        }
+    if measured.scores:
+        sums = [float(rewards_T.sum()) for rewards_T in measured.flow_rewards]
+        rewarded = sum(int((rewards_T != 0).sum()) for rewards_T in measured.flow_rewards)
+        valid = sum(int((~scores_T.isnan()).sum()) for scores_T in measured.scores)
+        metrics |= {
+            "flow/rewarded_fraction": rewarded / max(1, valid),
+            "flow/reward_sum_correct": _mean([value for value, bad in zip(sums, wrong, strict=True) if not bad]),
+            "flow/reward_sum_wrong": _mean([value for value, bad in zip(sums, wrong, strict=True) if bad]),
+        }
+    return metrics
 
 
 def _mean(values: Sequence[float]) -> float | None:

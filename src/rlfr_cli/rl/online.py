@@ -11,7 +11,7 @@ from functools import partial
 
 import torch
 
-from rlfr_cli.config.train_rl import OnlineConfig, OnlineTimes
+from rlfr_cli.config.rl import OnlineConfig, OnlineTimes
 from rlfr_cli.engines.adamw import NamedAdamW
 from rlfr_cli.flow.flow import Flow
 from rlfr_cli.flow.matching import accumulate_matching_gradients, choose_times, sample_times

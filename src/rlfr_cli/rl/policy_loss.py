@@ -117,12 +117,7 @@ def policy_loss(
     """
     assert logprobs_K.shape == old_logprobs_K.shape == advantages_K.shape == weights_K.shape
     difference_K = logprobs_K.float() - old_logprobs_K.detach().float()
-    log_ratio_K = difference_K
-    if options.ratio_level is RatioLevel.SEQUENCE:
-        assert response_offsets is not None, "the sequence ratio needs response_offsets"
-        log_ratio_K = mean_over_response(difference_K, response_offsets)
-    largest = LARGEST_LOG_RATIO if options.ratio_cap is None else math.log(options.ratio_cap)
-    ratio_K = log_ratio_K.clamp(max=largest).exp()
+    ratio_K = probability_ratios(difference_K, options.ratio_level, response_offsets, largest=options.ratio_cap)
 
     plain_K = ratio_K * advantages_K
     clipped_K = ratio_K.clamp(1 - options.clip_low, 1 + options.clip_high) * advantages_K
@@ -141,6 +136,16 @@ def policy_loss(
         ratio_max=ratio_K.max() if ratio_K.numel() else ratio_K.new_zeros(()),
     )
     return loss, sums
+
+
+def probability_ratios(
+    difference_K: Tensor, level: RatioLevel, response_offsets: Tensor | None = None, *, largest: float | None = None
+) -> Tensor:
+    """Ratios [K] of the policy to the old one from log-probabilities' differences, capped at ``largest``."""
+    if level is RatioLevel.SEQUENCE:
+        assert response_offsets is not None, "the sequence ratio needs response_offsets"
+        difference_K = mean_over_response(difference_K, response_offsets)
+    return difference_K.clamp(max=LARGEST_LOG_RATIO if largest is None else math.log(largest)).exp()
 
 
 def mean_over_response(values_K: Tensor, response_offsets: Tensor) -> Tensor:

@@ -49,17 +49,20 @@ class Responder:
         sampling: Sampling,
         *,
         key: tuple[Key, ...],
+        first_samples: Sequence[int] | None = None,
         on_finished: Callable[[int, int], None] = lambda responses, tokens: None,
     ) -> list[RolloutRow]:
         """``num_samples`` graded responses to each problem, in order.
 
         Args:
             key: names this unit of work, seed included.
+            first_samples: sample index of each problem's first response, 0 by default.
             on_finished: told of finished responses and tokens as they come.
         """
+        first_samples = [0] * len(problems) if first_samples is None else first_samples
         requests = [
-            GenerationRequest(prompted.prompt_token_ids, prompted.problem.problem_id, index)
-            for prompted in problems
+            GenerationRequest(prompted.prompt_token_ids, prompted.problem.problem_id, first + index)
+            for prompted, first in zip(problems, first_samples, strict=True)
             for index in range(num_samples)
         ]
         asked = [prompted.problem for prompted in problems for _ in range(num_samples)]

@@ -8,7 +8,7 @@ from rlfr_cli.config.schedules import Schedule
 
 
 def learning_rate_at(
-    step: int,
+    step: float,
     total_steps: int,
     highest: float,
     *,
@@ -16,13 +16,13 @@ def learning_rate_at(
     schedule: Schedule,
     final_fraction: float,
 ) -> float:
-    """Learning rate of optimiser step ``step``, from 0.
+    """Learning rate of optimiser step ``step``, from 0; a rollout batch of another size has steps between.
 
     The warm-up ends at the highest rate; the last step has ``final_fraction`` of it (except ``constant``).
     """
     warmup_steps = math.ceil(warmup_fraction * total_steps)
     if step < warmup_steps:
-        return highest * (step + 1) / warmup_steps
+        return highest * min(1.0, (step + 1) / warmup_steps)
     if schedule is Schedule.CONSTANT:
         return highest
     progress = min(1.0, (step - warmup_steps + 1) / max(1, total_steps - warmup_steps))

@@ -1,8 +1,8 @@
 """The optimiser steps on one rollout batch: minibatches of responses, micro-batches of tokens.
 
 Reads a measured batch and its advantages, changes the policy's weights. The loss is a mean over the whole minibatch
-(``rl/policy_loss.py``), so micro-batches change speed and memory, not the loss. A response whose advantages are all
-0 has no gradient, so its forward and backward pass is left out; it still counts in the mean.
+(``rl/policy_loss.py``), so micro-batches change speed and memory, not the loss. A response without a gradient (all
+advantages 0, or masked) is left out of forward and backward passes; it still counts in the mean over responses.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rlfr_cli.config.train_rl import OptimiserConfig, PolicyLossConfig
+from rlfr_cli.config.rl import OptimiserConfig, PolicyLossConfig
 from rlfr_cli.engines.training import TrainingEngine
 from rlfr_cli.errors import WorkError
 from rlfr_cli.flow.noise import Key, keyed_generator
@@ -24,6 +24,7 @@ from rlfr_cli.rl.policy_loss import (
     combine_sums,
     kl_estimate,
     policy_loss,
+    probability_ratios,
     token_weights,
 )
 
@@ -36,7 +37,8 @@ class TrainingBatch:
         sequences: prompts and responses.
         old_logprobs: of the policy before the first step.
         advantages: of each token.
-        reference_logprobs: of the reference policy, or None where there is none.
+        reference_logprobs: of the reference policy where its KL is paid for in the loss, else None.
+        in_loss: False for a masked response: its tokens count nowhere, and it counts in the mean over responses.
         temperature: that of sampling; logits are divided by it.
         max_new_tokens: what the constant-length mean divides by.
     """
@@ -45,6 +47,7 @@ class TrainingBatch:
     old_logprobs: list[torch.Tensor]
     advantages: list[torch.Tensor]
     reference_logprobs: list[torch.Tensor] | None
+    in_loss: list[bool]
     temperature: float
     max_new_tokens: int
 
@@ -65,8 +68,6 @@ class _Sums:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     parts: list[PolicyLossSums] = field(default_factory=list)
-    kl: float = 0.0
-    kl_tokens: int = 0
 
 
 def update_policy(
@@ -75,14 +76,14 @@ def update_policy(
     optimiser: OptimiserConfig,
     loss_config: PolicyLossConfig,
     counts: UpdateCounts,
-    learning_rate: Callable[[int], float],
+    learning_rate: Callable[[int, int], float],
     key: tuple[Key, ...],
-) -> dict[str, float]:
-    """Train on a rollout batch and return metrics.
+) -> dict[str, float | None]:
+    """Train on a rollout batch and return metrics; one without responses changes nothing.
 
     Args:
         counts: changed in place.
-        learning_rate: of the optimiser step with this number, from 0.
+        learning_rate: after so many of the batch's optimiser steps, and how many these are.
         key: names the order of the responses, seed included.
 
     Raises:
@@ -91,30 +92,36 @@ def update_policy(
     sums = _Sums()
     model = engine.policy.model
     model.train()
-    rate = 0.0
-    for epoch in range(optimiser.epochs_per_batch):
-        for responses in _minibatches(len(batch.sequences), optimiser.minibatch_responses, (*key, epoch)):
-            rate = learning_rate(counts.optimiser_steps)
-            loss = _accumulate(engine, batch, responses, optimiser, loss_config, sums)
-            outcome = engine.step(rate)
-            counts.optimiser_steps += 1
-            sums.losses.append(loss)
-            sums.norms.append(outcome.gradient_norm)
-            counts.skipped_in_a_row = 0 if outcome.stepped else counts.skipped_in_a_row + 1
-            counts.skipped_steps += not outcome.stepped
-            if counts.skipped_in_a_row >= optimiser.max_bad_steps:
-                model.eval()
-                raise WorkError(
-                    f"loss or gradient was not finite in {counts.skipped_in_a_row} optimiser steps in a row "
-                    f"(loss {loss}, gradient norm {outcome.gradient_norm})",
-                    hint="start another run with a lower --learning-rate and, as --model, the last checkpoint's model/",
-                )
+    minibatches = [
+        responses
+        for epoch in range(optimiser.epochs_per_batch)
+        for responses in _minibatches(len(batch.sequences), optimiser.minibatch_responses, (*key, epoch))
+    ]
+    rate = learning_rate(0, max(1, len(minibatches)))
+    for number, responses in enumerate(minibatches):
+        rate = learning_rate(number, len(minibatches))
+        loss = _accumulate(engine, batch, responses, optimiser, loss_config, sums)
+        outcome = engine.step(rate)
+        counts.optimiser_steps += 1
+        sums.losses.append(loss)
+        sums.norms.append(outcome.gradient_norm)
+        counts.skipped_in_a_row = 0 if outcome.stepped else counts.skipped_in_a_row + 1
+        counts.skipped_steps += not outcome.stepped
+        if counts.skipped_in_a_row >= optimiser.max_bad_steps:
+            model.eval()
+            raise WorkError(
+                f"loss or gradient was not finite in {counts.skipped_in_a_row} optimiser steps in a row "
+                f"(loss {loss}, gradient norm {outcome.gradient_norm})",
+                hint="start another run with a lower --learning-rate and, as --model, the last checkpoint's model/",
+            )
     model.eval()
     return _metrics(sums, counts, rate)
 
 
 def _minibatches(num_responses: int, size: int, key: tuple[Key, ...]) -> list[list[int]]:
     """Response indices in a shuffled order, cut into optimiser batches; a batch that takes all keeps their order."""
+    if num_responses == 0:
+        return []
     if num_responses <= size:
         return [list(range(num_responses))]
     order = torch.randperm(num_responses, generator=keyed_generator("cpu", *key, "minibatches")).tolist()
@@ -130,13 +137,19 @@ def _accumulate(
     sums: _Sums,
 ) -> float:
     """Add the gradient of one minibatch's loss, micro-batch by micro-batch; return the loss."""
-    lengths = [len(batch.sequences[index].response) for index in responses]
-    weights = token_weights(config.aggregation, torch.tensor(lengths), constant_length=batch.max_new_tokens).split(
-        lengths
-    )
+    lengths = [len(batch.sequences[index].response) if batch.in_loss[index] else 0 for index in responses]
+    weights = token_weights(
+        config.aggregation,
+        torch.tensor(lengths),
+        num_responses=len(responses),
+        constant_length=batch.max_new_tokens,
+    ).split(lengths)
     weight_of = dict(zip(responses, weights, strict=True))
+    every_token_counts = batch.reference_logprobs is not None or config.entropy_coef > 0
     needed = [
-        index for index in responses if batch.reference_logprobs is not None or bool(batch.advantages[index].any())
+        index
+        for index in responses
+        if batch.in_loss[index] and (every_token_counts or bool(batch.advantages[index].any()))
     ]
     total = 0.0
     token_counts = [len(batch.sequences[index]) for index in needed]
@@ -157,7 +170,7 @@ def _micro_batch_loss(
 ) -> torch.Tensor:
     device = engine.policy.placement.device
     sequences = [batch.sequences[index] for index in indices]
-    logprobs_K, _ = response_logprobs(engine.policy, sequences, batch.temperature)
+    logprobs_K, entropies_K = response_logprobs(engine.policy, sequences, batch.temperature)
     offsets = torch.tensor([0, *(len(s.response) for s in sequences)], device=device).cumsum(0)
     weights_K = torch.cat([weight_of[index] for index in indices]).to(device)
     loss, part = policy_loss(
@@ -172,9 +185,12 @@ def _micro_batch_loss(
     if batch.reference_logprobs is not None:
         reference_K = torch.cat([batch.reference_logprobs[index] for index in indices])
         kl_K = kl_estimate(logprobs_K, reference_K, config.kl_estimator)
-        sums.kl += float(kl_K.detach().sum())
-        sums.kl_tokens += len(kl_K)
+        if config.kl_ratio:
+            old_K = torch.cat([batch.old_logprobs[index] for index in indices])
+            kl_K = kl_K * probability_ratios(logprobs_K - old_K, config.ratio_level, offsets)
         loss = loss + config.kl_coef * (kl_K * weights_K).sum()
+    if config.entropy_coef > 0:
+        loss = loss - config.entropy_coef * (entropies_K * weights_K).sum()
     return loss
 
 
@@ -189,15 +205,14 @@ def loss_options(config: PolicyLossConfig) -> PolicyLossOptions:
     )
 
 
-def _metrics(sums: _Sums, counts: UpdateCounts, rate: float) -> dict[str, float]:
-    metrics = {
-        "policy/loss": sum(sums.losses) / len(sums.losses),
-        "policy/gradient_norm": sum(sums.norms) / len(sums.norms),
+def _metrics(sums: _Sums, counts: UpdateCounts, rate: float) -> dict[str, float | None]:
+    steps = len(sums.losses)
+    metrics: dict[str, float | None] = {
+        "policy/loss": sum(sums.losses) / steps if steps else None,
+        "policy/gradient_norm": sum(sums.norms) / steps if steps else None,
         "policy/learning_rate": rate,
         "policy/skipped_steps": counts.skipped_steps,
     }
     if sums.parts:
         metrics.update({f"policy/{name}": value for name, value in combine_sums(sums.parts).metrics().items()})
-    if sums.kl_tokens:
-        metrics["policy/kl_to_reference"] = sums.kl / sums.kl_tokens
     return metrics

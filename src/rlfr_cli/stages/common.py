@@ -19,7 +19,9 @@ from rlfr_cli.config.common import CommonConfig, GradingConfig, ProblemsConfig, 
 from rlfr_cli.config.fields import to_table
 from rlfr_cli.engines.generation import Sampling
 from rlfr_cli.errors import ConfigError, InputError, Stopped
+from rlfr_cli.extensions import Kind, extension_fingerprint, warning_if_hidden
 from rlfr_cli.grading.pool import GradingPool
+from rlfr_cli.grading.rewards import OutcomeReward
 from rlfr_cli.policy.loading import (
     Placement,
     load_tokenizer,
@@ -149,10 +151,13 @@ def _drop_bad_answers(problems: Sequence[Problem], pool: GradingPool, skip: bool
 
 
 def reward_inputs(grading: GradingConfig, prompt: PromptConfig) -> dict[str, Any]:
-    """Fingerprints of the files that options name: a reward's Python file, a prompt template."""
+    """Fingerprints of what options name: the file or package of a user's own reward, a prompt template."""
     inputs = {}
-    if grading.reward.partition(":")[0].endswith(".py"):
-        inputs["reward"] = file_fingerprint(grading.reward.partition(":")[0])
+    if grading.reward in list(OutcomeReward):
+        if hidden := warning_if_hidden(grading.reward, Kind.REWARD):
+            console.warn(f"--reward {hidden}")
+    elif (reward := extension_fingerprint(grading.reward, Kind.REWARD)) is not None:
+        inputs["reward"] = reward
     template = prompt.prompt_template
     if template is not None and template.startswith("@"):
         inputs["prompt_template"] = file_fingerprint(template[1:])

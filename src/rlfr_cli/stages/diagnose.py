@@ -9,6 +9,7 @@ of the words in ``report/diagnosis_words.py``.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ from rlfr_cli.report.diagnosis_plots import PLOTS, draw_plots
 from rlfr_cli.report.diagnosis_statistics import draws_needed
 from rlfr_cli.report.diagnosis_words import conclude
 from rlfr_cli.report.scores import token_examples
+from rlfr_cli.stages.choosing_draws import chosen_on_rollouts
 from rlfr_cli.stages.common import ModelInput, open_model, open_output, stopping
 from rlfr_cli.stages.diagnosis_measuring import NUM_DRAWS, Measured, channel_statistics, measure, problem_halves
 from rlfr_cli.stages.flow_evaluation import velocity_rows, verdict
@@ -65,6 +67,9 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
             hint="sample responses to more problems",
         )
     temperature = config.temperature if config.temperature is not None else _temperature(config)
+    if config.flow_reward.draw_agreement > 0:
+        chosen = chosen_on_rollouts(config.flow_reward, flow, model, responses, config.seed, config.tokens_per_batch)
+        config = replace(config, flow_reward=chosen)
     inputs = {
         "flow": flow_fingerprint(config.flow),
         "model": model.fingerprint.to_dict(),
@@ -81,7 +86,7 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
             measured = measure(policy, flow, responses, statistics, judged, config, temperature)
             results = {
                 "settings": _settings(config, header, responses, seen, judged, temperature),
-                **_results(config, model, flow, statistics, measured),
+                **_results(config, model, header, flow, statistics, measured),
             }
             # Not sorted by key: tables are printed in the order that is written here.
             write_atomically(config.out / RESULTS, json.dumps(results, indent=2, allow_nan=False).encode())
@@ -110,6 +115,7 @@ def _settings(
         "problems": len(set(responses.table["problem_id"].to_pylist())),
         "layers": list(header.layer_indices),
         "pairings": list(header.pairings),
+        "context_layer": header.context_layer,
         "timesteps": list(config.flow_reward.timestep),
         "num_draws": config.flow_reward.num_draws,
         "temperature": temperature,
@@ -120,7 +126,12 @@ def _settings(
 
 
 def _results(
-    config: DiagnoseConfig, model: ModelInput, flow: Flow, statistics: LatentStatistics, measured: Measured
+    config: DiagnoseConfig,
+    model: ModelInput,
+    header: FlowHeader,
+    flow: Flow,
+    statistics: LatentStatistics,
+    measured: Measured,
 ) -> dict[str, Any]:
     """Everything that is reported, from what was measured."""
     responses, tokens, seed = measured.responses, measured.tokens, config.seed
@@ -135,7 +146,7 @@ def _results(
         "flow_reward": reward_of_classes(responses, tokens),
         "velocity_error": {"rows": errors, "verdict": verdict(errors)["text"]},
         "noise_agreement": _noise_agreement(measured),
-        "context_agreement": _context_agreement(flow, measured),
+        "context_agreement": _context_agreement(header.contexts, measured),
         "top_channels": _top_channels(flow, statistics, measured),
         "correlations": correlations(responses, tokens, seed=seed),
         "token_identity": explained_by_identity(tokens),
@@ -172,9 +183,8 @@ def _noise_agreement(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _context_agreement(flow: Flow, measured: Measured) -> dict[str, Any]:
-    names = [f"{pairing.context} {pairing.shift}" for pairing in flow.pairings]
-    between = names if len(names) > 1 else [names[0], "shuffled within the response"]
+def _context_agreement(contexts: list[str], measured: Measured) -> dict[str, Any]:
+    between = contexts if len(contexts) > 1 else [contexts[0], "shuffled within the response"]
     return {"between": between, "spearman": _mean(measured.context_agreements)}
 
 

@@ -91,12 +91,12 @@ def problem_halves(responses: Responses) -> tuple[list[int], list[int]]:
 def channel_statistics(
     policy: Policy, flow: Flow, responses: Responses, rows: Iterable[int], tokens_per_batch: int
 ) -> LatentStatistics:
-    """Mean and deviation by layer and channel over the response tokens of some rows."""
-    wanted, layers = set(rows), flow.layers.indices
-    statistics = StatisticsAccumulator(len(layers), policy.config.hidden_size)
+    """Mean and deviation by tapped state and channel over the response tokens of some rows."""
+    wanted = set(rows)
+    statistics = StatisticsAccumulator(len(flow.tapped), policy.config.hidden_size)
     with (
         console.progress("reading every second problem", total=len(wanted), unit="responses") as bar,
-        tap(policy.decoder, layers) as taps,
+        tap(policy.decoder, flow.tapped) as taps,
     ):
         for unit in responses.units:
             kept = [index for index, row in enumerate(unit) if row in wanted]
@@ -132,7 +132,7 @@ def measure(
                 policy,
                 responses.sequences(unit),
                 temperature=temperature,
-                layer_indices=flow.layers.indices,
+                tapped=flow.tapped,
                 num_prompt=flow.num_prompt,
                 tokens_per_batch=config.tokens_per_batch,
             )
@@ -182,7 +182,8 @@ class _Measuring:
         self.rows: list[_Row | None] = [None] * responses.num_rows
         times = tuple(sorted({*TIMESTEPS, *self.reward.timestep}))
         self.velocity = VelocityErrors(in_flow_units(statistics, flow), len(flow.layers.indices), times)
-        self.channel_error_JD = torch.zeros(statistics.mean_JD.shape, dtype=torch.float64)
+        num_layers, num_channels = len(flow.layers.indices), statistics.mean_JD.shape[1]
+        self.channel_error_JD = torch.zeros(num_layers, num_channels, dtype=torch.float64)
 
     def add(self, batch: ForwardBatch, rows: Sequence[int], facts: Sequence[dict[str, Any]]) -> None:
         """Measure one batch; facts are columns of its rollouts."""
@@ -196,7 +197,9 @@ class _Measuring:
             "flow_reward": flow_rewards(scores, self.reward),
             "negative_logprob": [-logprobs_T for logprobs_T in batch.logprobs],
             "entropy": batch.entropies,
-            "latent_norm": [_norms(latents_TJD[flow.num_prompt :]) for latents_TJD in batch.latents],
+            "latent_norm": [
+                _norms(latents_TJD[flow.num_prompt :, : len(flow.layers.indices)]) for latents_TJD in batch.latents
+            ],
             "random_latents": self._scores(
                 flow.pair(random_latents(batch.latents, self.statistics, self.seed, keys)), keys
             ),
@@ -220,6 +223,7 @@ class _Measuring:
             seed=self.seed,
             timesteps=self.reward.timestep,
             num_draws=self.reward.num_draws,
+            antithetic=self.reward.antithetic,
             autocast_dtype=self.dtype,
         )
         lengths = pairs.paired.response_offsets.diff().tolist()

@@ -1,7 +1,7 @@
 """`rlfr extract-latents`: a policy reads responses, and the outputs of some blocks are kept.
 
 Reads a model folder and rollouts or expert text; writes latents (safetensors shards, packed). Only the decoder
-blocks up to the deepest tapped one are loaded and run, without an output head.
+blocks up to the deepest tapped one are loaded and run, without an output head; all of them for the final normed state.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rlfr_cli.stages.responses import (
     read_expert_responses,
     read_rollout_responses,
 )
+from rlfr_cli.states import State, blocks_needed, state_of_model, states_in_order
 
 
 def run(config: ExtractLatentsConfig) -> dict[str, Any]:
@@ -41,11 +42,12 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
     model = open_model(config.model, config)
     num_blocks = model.fingerprint.num_blocks
     layers = tapped_layers(num_blocks, config.layer_fraction, config.layer_index)
+    tapped = states_in_order(layers, [state_of_model(name, num_blocks) for name in config.context_layer])
     responses = _open_responses(config, model)
     check_vocabulary(responses, model)
     check_prompts_hold(responses, config.max_shift)
     num_tokens = _kept_tokens(config, responses, responses.units)
-    bytes_per_token = latents_bytes(1, len(layers), model.fingerprint.hidden_size, config.store)
+    bytes_per_token = latents_bytes(1, len(tapped), model.fingerprint.hidden_size, config.store)
     bytes_to_write = bytes_per_token * _kept_tokens(config, responses, _units_to_write(config, responses))
     check_free_space(config.out, bytes_to_write)
     inputs = {"model": model.fingerprint.to_dict(), "responses": responses.fingerprint}
@@ -55,7 +57,8 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
         "sequences": responses.num_rows,
         "tokens": num_tokens,
         "layers": list(layers),
-        "blocks_run": max(layers) + 1,
+        "context_layers": list(tapped[len(layers) :]),
+        "blocks_run": blocks_needed(tapped, num_blocks),
         "blocks_of_model": num_blocks,
         "hidden_size": model.fingerprint.hidden_size,
         "bytes": bytes_per_token * num_tokens,
@@ -66,11 +69,11 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
     if missing:
         console.log(f"writing {bytes_to_write / 1e6:,.1f} MB of latents ({config.store}) to {config.out}")
         with during_work(), stopping(config.out):
-            decoder = load_decoder(model.folder, model.placement, max(layers) + 1)
-            with tap(decoder, layers) as taps:
+            decoder = load_decoder(model.folder, model.placement, tapped)
+            with tap(decoder, tapped) as taps:
                 _extract_units(config, model, responses, folder, missing, decoder, taps)
     if not folder.complete:
-        facts = _info(config, model, responses, layers).to_extra()
+        facts = _info(config, model, responses, layers, tapped[len(layers) :]).to_extra()
         folder.finish({**facts, "rms_norm_eps": model.rms_epsilon})
     return {**plan, "complete": folder.complete, "units_missing": len(folder.missing_units())}
 
@@ -95,10 +98,15 @@ def _units_to_write(config: ExtractLatentsConfig, responses: Responses) -> list[
 
 
 def _info(
-    config: ExtractLatentsConfig, model: ModelInput, responses: Responses, layers: tuple[int, ...]
+    config: ExtractLatentsConfig,
+    model: ModelInput,
+    responses: Responses,
+    layers: tuple[int, ...],
+    context_layers: tuple[State, ...],
 ) -> LatentsInfo:
     return LatentsInfo(
         layer_indices=layers,
+        context_layers=tuple(map(str, context_layers)),
         num_blocks=model.fingerprint.num_blocks,
         hidden_size=model.fingerprint.hidden_size,
         num_prompt_tokens=config.max_shift,

@@ -64,6 +64,7 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
     data = LatentSequences(config.latents, config.optimiser.max_sequence_tokens)
     training, heldout = data.split(config.holdout_fraction, config.max_holdout_sequences, config.seed)
     header, initial = initial_flow(config, data)
+    data = data.of_states(initial.tapped)
     check_neighbours(header, data, training)
     total_steps = config.optimiser.steps
     if total_steps is None:
@@ -77,7 +78,7 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
         "training_tokens": sum(data.response_tokens(index) for index in training),
         "steps": total_steps,
         "layers": list(header.layer_indices),
-        "context": [f"{p['context']} {p['shift']}" for p in header.pairings],
+        "context": header.contexts,
         "parameters": parameters,
     }
     if folder is None:
@@ -192,12 +193,12 @@ class _Fit:
                 bar.advance(1, note=note)
 
     def _statistics(self) -> LatentStatistics:
-        """Mean and deviation of the training tokens, per layer and channel; kept for a resumed fit."""
+        """Mean and deviation of the training tokens, per tapped state and channel; kept for a resumed fit."""
         path = self.folder / "statistics.safetensors"
         if path.is_file():
             stored = load_file(path)
             return LatentStatistics(stored["mean"], stored["std"]).to(self.flow.device)
-        accumulator = StatisticsAccumulator(len(self.header.layer_indices), self.header.latent_size)
+        accumulator = StatisticsAccumulator(len(self.flow.tapped), self.header.latent_size)
         with console.progress("reading latents", total=len(self.training), unit="sequences") as bar:
             for index in self.training:
                 accumulator.update(self.data.read(index)[self.data.info.num_prompt_tokens :])

@@ -37,6 +37,7 @@ def evaluate_velocity(
 
     Args:
         gaussian: statistics of the fit's training tokens, in the latents' own units.
+        data: with the flow's tapped states as columns.
         sequences: which sequences to judge on; at most ``MAX_SEQUENCES`` are taken.
 
     Returns:

@@ -17,6 +17,7 @@ from rlfr_cli.flow.noise import keyed_seed
 from rlfr_cli.flow.normalisation import LatentStatistics
 from rlfr_cli.flow.pairing import Pairing, TappedLayers
 from rlfr_cli.flow.velocity import VelocityNetwork, VelocitySizes
+from rlfr_cli.states import parse_state, state_of_model
 
 
 def new_header(
@@ -26,7 +27,12 @@ def new_header(
     layer_indices: tuple[int, ...],
     rms_epsilon: float,
 ) -> FlowHeader:
-    """The header of a flow that is about to be fitted."""
+    """The header of a flow that is about to be fitted.
+
+    Raises:
+        ConfigError: ``--context-layer`` names a block that the model does not have.
+    """
+    context = config.context_layer
     return FlowHeader(
         latent_size=model.hidden_size,
         condition_size=model.hidden_size,
@@ -41,6 +47,7 @@ def new_header(
             {"context": str(context), "shift": 1 if context is Context.SELF else config.shift}
             for context in config.context
         ),
+        context_layer=None if context is None else str(state_of_model(context, model.num_blocks)),
         normalisation="channel" if config.normalisation is Normalisation.CHANNEL else "none",
         model=model,
     )
@@ -102,9 +109,10 @@ def with_policy_step(header: FlowHeader, model: ModelFingerprint, step: int, ste
 
 
 def _assemble(header: FlowHeader, network: VelocityNetwork, statistics: LatentStatistics | None) -> Flow:
+    context = None if header.context_layer is None else parse_state(header.context_layer)
     return Flow(
         network=network,
-        layers=TappedLayers(header.layer_indices, header.num_blocks),
+        layers=TappedLayers(header.layer_indices, header.num_blocks, context),
         pairings=tuple(Pairing(Context(p["context"]), p["shift"]) for p in header.pairings),
         statistics=statistics,
     )

@@ -20,7 +20,7 @@ def import_published(path: Path, header: FlowHeader, device: torch.device) -> tu
 
     Args:
         path: the state dict that the published fitting wrote.
-        header: context, shift, layers and model, which the file does not hold; its sizes are replaced.
+        header: context, its shift and layer, layers and model, which the file does not hold; its sizes are replaced.
 
     Raises:
         MissingInputError: there is no such file.

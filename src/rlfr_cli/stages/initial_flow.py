@@ -24,6 +24,7 @@ from rlfr_cli.stages.latent_sequences import LatentSequences
 NETWORK_FACTS = {
     "context": "pairings",
     "shift": "pairings",
+    "context_layer": "context_layer",
     "depth": "depth",
     "width": "width",
     "time_scale": "time_scale",
@@ -35,7 +36,8 @@ def initial_flow(config: FitFlowConfig, data: LatentSequences) -> tuple[FlowHead
     """Header and flow that a fit starts from: new, a flow of ours, or a published one.
 
     Raises:
-        ConfigError: network options that contradict the flow of ``--init-from``.
+        ConfigError: network options that contradict the flow of ``--init-from``, or a context layer that the model
+            does not have.
         MismatchError: that flow is of another architecture or other layers than the latents.
     """
     device = resolve_placement(config.device, config.dtype).device

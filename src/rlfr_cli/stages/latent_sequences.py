@@ -1,19 +1,24 @@
 """Latents of one or several folders as one list of sequences, read one at a time.
 
-Folders that are fitted together must come from the same model and layers. Memory holds offsets, never latents.
+Folders that are fitted together must come from the same model and layers; of their context layers, each must hold the
+one in use. Memory holds offsets, never latents.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from rlfr_cli import console
+from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits
 from rlfr_cli.artifacts.latents import LatentsFolder, LatentsInfo
 from rlfr_cli.errors import InputError, MismatchError
 from rlfr_cli.flow.noise import keyed_generator
+from rlfr_cli.states import State, state_text
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class _Place:
 
 
 class LatentSequences:
-    """Sequences of latents over all shards of some folders.
+    """Sequences of latents over all shards of some folders, of their targets' blocks unless told otherwise.
 
     Args:
         paths: latents folders.
@@ -49,6 +54,7 @@ class LatentSequences:
         self.info = self.folders[0].info
         for folder in self.folders[1:]:
             _check_same_origin(self.folders[0], folder)
+        self.columns = [list(range(len(self.info.layer_indices)))] * len(self.folders)
         self.fingerprints = [folder.fingerprint for folder in self.folders]
         self.rms_epsilon = float(self.folders[0].folder.extra.get("rms_norm_eps", 1e-6))
         self.places = [
@@ -61,6 +67,16 @@ class LatentSequences:
         if not self.places:
             raise InputError(f"{', '.join(map(str, paths))}: no sequence with a response token")
 
+    def of_states(self, tapped: Sequence[State]) -> LatentSequences:
+        """The same sequences with these states as columns.
+
+        Raises:
+            MismatchError: a folder does not hold one of them.
+        """
+        chosen = copy.copy(self)
+        chosen.columns = [columns_of(folder, tapped) for folder in self.folders]
+        return chosen
+
     def response_tokens(self, index: int) -> int:
         """Response tokens of a sequence that are used."""
         return min(self.places[index].length, self.max_tokens) - self.info.num_prompt_tokens
@@ -69,7 +85,7 @@ class LatentSequences:
         """Latents [prompt tokens kept + T, J, D] of one sequence."""
         place = self.places[index]
         shard = self.folders[place.folder].read_sequences(place.shard, place.index, place.index + 1)
-        return shard.latents_NJD[: self.max_tokens]
+        return shard.latents_NJD[: self.max_tokens, self.columns[place.folder]]
 
     def split(self, holdout_fraction: float, max_holdout: int, seed: int) -> tuple[list[int], list[int]]:
         """Indices for training and indices held out, both in order; the choice depends on the seed alone.
@@ -99,6 +115,48 @@ class LatentSequences:
             problem_id, _ = names[place.folder, place.shard][place.index]
             groups.setdefault((self.folders[place.folder].info.source, problem_id), []).append(index)
         return groups
+
+
+def check_latents_fit(header: FlowHeader, latents: LatentsFolder) -> None:
+    """A flow reads latents of the same model, layers, its context layer, and enough prompt tokens.
+
+    Raises:
+        MismatchError: naming both values.
+    """
+    info = latents.info
+    for warning in check_flow_fits(header, model=info.model):
+        console.warn(warning)
+    if header.layer_indices != info.layer_indices:
+        raise MismatchError(
+            f"the flow was fitted on blocks {list(header.layer_indices)}, and {latents.path} holds blocks "
+            f"{list(info.layer_indices)}",
+            hint="extract latents of the flow's blocks with --layer-index",
+        )
+    columns_of(latents, header.tapped)
+    shift = max(pairing["shift"] for pairing in header.pairings)
+    if shift > info.num_prompt_tokens:
+        raise MismatchError(
+            f"the flow's shift of {shift} needs as many prompt tokens, and {latents.path} keeps "
+            f"{info.num_prompt_tokens}",
+            hint=f"extract latents with --max-shift {shift}",
+        )
+
+
+def columns_of(latents: LatentsFolder, tapped: Sequence[State]) -> list[int]:
+    """Where on the layer axis of some latents the states lie that a flow reads.
+
+    Raises:
+        MismatchError: the latents do not hold the state of the condition.
+    """
+    states = latents.info.states
+    for state in tapped:
+        if state not in states:
+            raise MismatchError(
+                f"the flow takes its condition from {state_text(state)}, and {latents.path} holds "
+                f"{', '.join(map(state_text, states))}",
+                hint=f"extract latents with --context-layer {state}",
+            )
+    return [states.index(state) for state in tapped]
 
 
 def _model_text(info: LatentsInfo) -> str:

@@ -18,8 +18,8 @@ from rlfr_cli.artifacts.rollouts import RolloutRow, rollout_table
 from rlfr_cli.config.sample import SampleConfig
 from rlfr_cli.engines.hf import HfEngine
 from rlfr_cli.errors import ConfigError, during_work
-from rlfr_cli.flow.reference import ReferenceRules, ResponseFacts, group_shares, parse_rules
-from rlfr_cli.grading.rewards import is_accepted, load_reward
+from rlfr_cli.flow.reference import ReferenceRules
+from rlfr_cli.grading.rewards import load_reward
 from rlfr_cli.policy.loading import load_policy
 from rlfr_cli.rl.rollouts import Responder
 from rlfr_cli.stages.common import (
@@ -36,6 +36,7 @@ from rlfr_cli.stages.common import (
     stopping,
     units_of,
 )
+from rlfr_cli.stages.rules import facts_of, load_rules, rule_inputs
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def run(config: SampleConfig) -> dict[str, Any]:
     Raises:
         RlfrError: anything wrong with config, inputs or output folder, before work starts.
     """
-    rules = parse_rules(config.keep, "--keep")
+    rules = load_rules(config.keep, "--keep")
     if rules.token_rules:
         raise ConfigError(
             f"--keep {', '.join(config.keep)}: a rule for tokens cannot choose responses",
-            hint="min-entropy is for `rlfr train-rl --accept`; leave it out here",
+            hint="such rules (min-entropy is one) are for `rlfr train-rl --accept`; leave it out here",
         )
     reward = load_reward(config.grading.reward)
     model = open_model(config.model, config)
@@ -85,6 +86,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
             "model": model.fingerprint.to_dict(),
             **problems.inputs(),
             **reward_inputs(config.grading, config.prompt),
+            **rule_inputs(config.keep),
         }
         folder = open_output(config, "rollouts", inputs, len(units))
         if folder is None:
@@ -118,13 +120,7 @@ def _sample_units(plan: _Plan, folder: StageFolder, missing: list[int], responde
 
 def keep_rows(rows: list[RolloutRow], rules: ReferenceRules) -> list[RolloutRow]:
     """The rows to which the reference rules give weight: rejection sampling."""
-    accepted = [is_accepted(row.grade, row.finish_reason) for row in rows]
-    shares = group_shares(accepted, [row.problem_id for row in rows])
-    facts = [
-        ResponseFacts(ok, row.finish_reason == "stop", row.reward or 0.0, len(row.response_token_ids), share)
-        for row, ok, share in zip(rows, accepted, shares, strict=True)
-    ]
-    return [row for row, fact in zip(rows, facts, strict=True) if rules.response_weight(fact) > 0]
+    return [row for row, facts in zip(rows, facts_of(rows), strict=True) if rules.response_weight(facts) > 0]
 
 
 def _summary(plan: _Plan, folder: StageFolder) -> dict[str, Any]:

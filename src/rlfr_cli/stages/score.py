@@ -8,6 +8,7 @@ log-probability. The formulas are in ``flow/deviation.py`` and ``flow/shaping.py
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,18 +18,21 @@ from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits, flow_finge
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.latents import LatentsFolder
 from rlfr_cli.artifacts.scores import ScoreRow, score_table
+from rlfr_cli.config.flow import FlowRewardConfig
 from rlfr_cli.config.score import ScoreConfig
-from rlfr_cli.errors import MismatchError, during_work
+from rlfr_cli.errors import during_work
 from rlfr_cli.flow.flow import Flow, response_key
 from rlfr_cli.policy.batching import token_budget_batches
 from rlfr_cli.policy.forward import decoder_latents
-from rlfr_cli.policy.loading import load_decoder, resolve_placement
+from rlfr_cli.policy.loading import Placement, load_decoder, resolve_placement
 from rlfr_cli.policy.tapping import tap
 from rlfr_cli.report.page_inputs import write_scores_page
 from rlfr_cli.report.scores import ScoreSummary
 from rlfr_cli.rl.measuring import flow_rewards
+from rlfr_cli.stages.choosing_draws import RESPONSES_TO_CHOOSE_ON, chosen_on_rollouts, with_chosen_draws
 from rlfr_cli.stages.common import ModelInput, open_model, open_output, parse_part, stopping
 from rlfr_cli.stages.flows import load_flow
+from rlfr_cli.stages.latent_sequences import check_latents_fit, columns_of
 from rlfr_cli.stages.responses import Responses, check_prompts_hold, check_vocabulary, read_rollout_responses
 
 # Response latents [prompt tokens kept + T, J, D] with the row they belong to.
@@ -57,6 +61,9 @@ def _score_rollouts(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict
     num_prompt = max(pairing["shift"] for pairing in header.pairings)
     check_vocabulary(responses, model)
     check_prompts_hold(responses, num_prompt)
+    if config.flow_reward.draw_agreement > 0:
+        chosen = chosen_on_rollouts(config.flow_reward, flow, model, responses, config.seed, config.tokens_per_batch)
+        config = replace(config, flow_reward=chosen)
     inputs = {
         "flow": flow_fingerprint(config.flow),
         "model": model.fingerprint.to_dict(),
@@ -109,10 +116,9 @@ def _score_rollout_units(
     folder: StageFolder,
     missing: Sequence[int],
 ) -> None:
-    layers = flow.layers.indices
-    decoder = load_decoder(model.folder, model.placement, max(layers) + 1)
+    decoder = load_decoder(model.folder, model.placement, flow.tapped)
     total = sum(len(responses.units[unit]) for unit in missing)
-    with console.progress("scoring", total=total, unit="responses") as bar, tap(decoder, layers) as taps:
+    with console.progress("scoring", total=total, unit="responses") as bar, tap(decoder, flow.tapped) as taps:
         for unit in missing:
             rows = responses.units[unit]
             sequences = responses.sequences(rows)
@@ -131,8 +137,11 @@ def _score_rollout_units(
 def _score_latents(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict[str, Any]:
     assert config.latents is not None
     latents = LatentsFolder(config.latents)
-    _check_latents_fit(header, latents)
+    check_latents_fit(header, latents)
+    columns = columns_of(latents, flow.tapped)
     placement = resolve_placement(config.device, config.dtype)
+    if config.flow_reward.draw_agreement > 0:
+        config = replace(config, flow_reward=_chosen_on_latents(config, flow, latents, columns, placement))
     inputs = {"flow": flow_fingerprint(config.flow), "latents": latents.fingerprint}
     folder = open_output(config, "scores", inputs, latents.num_shards)
     plan = {"out": str(config.out), "responses": latents.num_sequences, "tokens": latents.num_tokens}
@@ -150,7 +159,7 @@ def _score_latents(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict[
                     config,
                     flow,
                     latents.read_names(unit),
-                    _shard_batches(latents, unit, config.tokens_per_batch, placement.device),
+                    _shard_batches(latents, unit, columns, config.tokens_per_batch, placement.device),
                     latents.info.num_prompt_tokens,
                     placement.dtype,
                 )
@@ -167,8 +176,25 @@ def _score_latents(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict[
     return {**plan, "complete": True, **summary.result()}
 
 
+def _chosen_on_latents(
+    config: ScoreConfig, flow: Flow, latents: LatentsFolder, columns: list[int], placement: Placement
+) -> FlowRewardConfig:
+    """The options of flow rewards with the draws chosen on the first sequences of the latents."""
+    names = latents.read_names(0)[:RESPONSES_TO_CHOOSE_ON]
+    shard = latents.read_sequences(0, 0, len(names))
+    return with_chosen_draws(
+        config.flow_reward,
+        flow,
+        [shard.sequence(index)[0][:, columns].to(placement.device) for index in range(len(names))],
+        names,
+        num_prompt=latents.info.num_prompt_tokens,
+        seed=config.seed,
+        placement=placement,
+    )[0]
+
+
 def _shard_batches(
-    latents: LatentsFolder, unit: int, tokens_per_batch: int, device: torch.device
+    latents: LatentsFolder, unit: int, columns: list[int], tokens_per_batch: int, device: torch.device
 ) -> Iterator[list[LatentRow]]:
     """Runs of consecutive sequences of a shard within the token budget."""
     lengths = latents.read_offsets(unit)[0].diff().tolist()
@@ -179,32 +205,8 @@ def _shard_batches(
             tokens += lengths[stop]
             stop += 1
         shard = latents.read_sequences(unit, start, stop)
-        yield [(start + index, shard.sequence(index)[0].to(device)) for index in range(shard.num_sequences)]
+        yield [(start + index, shard.sequence(index)[0][:, columns].to(device)) for index in range(shard.num_sequences)]
         start = stop
-
-
-def _check_latents_fit(header: FlowHeader, latents: LatentsFolder) -> None:
-    """A flow judges latents of the same model, layers, and enough prompt tokens.
-
-    Raises:
-        MismatchError: naming both values.
-    """
-    info = latents.info
-    for warning in check_flow_fits(header, model=info.model):
-        console.warn(warning)
-    if header.layer_indices != info.layer_indices:
-        raise MismatchError(
-            f"the flow was fitted on blocks {list(header.layer_indices)}, and {latents.path} holds blocks "
-            f"{list(info.layer_indices)}",
-            hint="extract latents of the flow's blocks with --layer-index",
-        )
-    shift = max(pairing["shift"] for pairing in header.pairings)
-    if shift > info.num_prompt_tokens:
-        raise MismatchError(
-            f"the flow's shift of {shift} needs as many prompt tokens, and {latents.path} keeps "
-            f"{info.num_prompt_tokens}",
-            hint=f"extract latents with --max-shift {shift}",
-        )
 
 
 def _score(
@@ -226,6 +228,7 @@ def _score(
             seed=config.seed,
             timesteps=reward.timestep,
             num_draws=reward.num_draws,
+            antithetic=reward.antithetic,
             autocast_dtype=dtype,
         )
         lengths = pairs.paired.response_offsets.diff().tolist()
@@ -254,6 +257,8 @@ def _extra(config: ScoreConfig, header: FlowHeader) -> dict[str, Any]:
     return {
         "layer_indices": list(header.layer_indices),
         "pairings": list(header.pairings),
+        "context_layer": header.context_layer,
         "timesteps": list(config.flow_reward.timestep),
+        "num_draws": config.flow_reward.num_draws,
         "policy_step": header.policy_step,
     }

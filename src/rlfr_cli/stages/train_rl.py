@@ -26,13 +26,15 @@ from rlfr_cli.artifacts.run_folder import RunFolder
 from rlfr_cli.config.common import ProblemsConfig
 from rlfr_cli.config.fields import to_table
 from rlfr_cli.config.flow import FlowRewardConfig
-from rlfr_cli.config.train_rl import OnlineConfig, TrainRlConfig
+from rlfr_cli.config.rl import OnlineConfig
+from rlfr_cli.config.train_rl import CoefficientConfig, TrainRlConfig
 from rlfr_cli.errors import ConfigError, Stopped, during_work
-from rlfr_cli.flow.reference import ReferenceRules, parse_rules
+from rlfr_cli.flow.reference import ReferenceRules
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import RewardFunction, load_reward
 from rlfr_cli.policy.tapping import tapped_layers
 from rlfr_cli.report.run_logs import RunLogs
+from rlfr_cli.rl.choices import KLEstimator, KLPlace
 from rlfr_cli.rl.rollouts import PromptedProblem
 from rlfr_cli.stages.common import (
     ModelInput,
@@ -43,7 +45,11 @@ from rlfr_cli.stages.common import (
     reward_inputs,
 )
 from rlfr_cli.stages.flows import new_header
+from rlfr_cli.stages.latent_sequences import LatentSequences, check_latents_fit
+from rlfr_cli.stages.rules import load_rules, rule_inputs
 from rlfr_cli.stages.trainer import StopRequest, Trainer
+
+EXPERT_TOKENS = 8192  # of an expert response, prompt tokens included, as in the published fit
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Plan:
 
     Attributes:
         header: of the flow, or None for plain RLVR.
+        expert: latents of expert responses for the online update, if any.
         total_steps: rollout batches of the whole run.
     """
 
@@ -60,6 +67,7 @@ class Plan:
     problems: PromptedProblems
     heldout: PromptedProblems | None
     header: FlowHeader | None
+    expert: LatentSequences | None
     rules: ReferenceRules
     reward: RewardFunction
     total_steps: int
@@ -95,7 +103,7 @@ class Plan:
         """Which flow pays token rewards, and whether it learns."""
         if self.header is None:
             return "none: plain RLVR"
-        contexts = ", ".join(f"{p['context']} {p['shift']}" for p in self.header.pairings)
+        contexts = ", ".join(self.header.contexts)
         begin = "new" if self.config.new_flow else str(self.config.flow)
         online = self.config.online.online_steps
         update = f"{online} online steps a batch" if online else "kept as it is"
@@ -148,7 +156,7 @@ def run(config: TrainRlConfig) -> dict[str, Any]:
 
 
 def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
-    rules = parse_rules(config.online.accept, "--accept")
+    rules = load_rules(config.online.accept, "--accept")
     reward = load_reward(config.grading.reward)
     model = open_model(config.model, config)
     header = _flow_header(config, model)
@@ -158,6 +166,7 @@ def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
         "model": model.fingerprint.to_dict(),
         **problems.inputs(),
         **reward_inputs(config.grading, config.prompt),
+        **rule_inputs(config.online.accept),
     }
     heldout_config, heldout = _heldout_problems(config), None
     if heldout_config is not None:
@@ -165,6 +174,9 @@ def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
         inputs["heldout_problems"] = heldout.fingerprint
     if config.flow is not None:
         inputs["flow"] = flow_fingerprint(config.flow)
+    expert = _expert_latents(config, header)
+    if expert is not None:
+        inputs["expert_latents"] = expert.fingerprints[0]
     if config.policy_loss.reference_model is not None:
         reference = open_model(config.policy_loss.reference_model, config)
         if reference.fingerprint.vocab_size != model.fingerprint.vocab_size:
@@ -178,16 +190,35 @@ def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
     else:
         shift = max(pairing["shift"] for pairing in header.pairings)
         _check_prompts(problems.prompted, shift)
+    loss = config.policy_loss
+    if loss.kl_coef > 0 and loss.kl_in is KLPlace.LOSS and loss.kl_estimator is KLEstimator.K1 and not loss.kl_ratio:
+        console.warn("--kl-estimator k1 in the loss has a gradient of mean 0, no pull to the reference; use k2 or k3")
     total_steps = config.rollout.steps or math.ceil(
         config.rollout.episodes * len(problems.prompted) / config.rollout.prompts_per_step
     )
-    return Plan(config, model, problems, heldout, header, rules, reward, total_steps, inputs)
+    return Plan(config, model, problems, heldout, header, expert, rules, reward, total_steps, inputs)
 
 
 def _warn_of_unused(config: TrainRlConfig) -> None:
-    """Say so when flow options differ from their defaults but no flow pays."""
-    if config.flow_reward != FlowRewardConfig() or config.online != OnlineConfig() or config.allow_other_weights:
+    """Say so when options of the flow, or of rewards for tokens, differ from their defaults and nothing reads them."""
+    if config.online != OnlineConfig() or config.allow_other_weights:
+        console.warn("neither --flow nor --new-flow: the options of the flow's online update are not used")
+    paid = config.flow_reward != FlowRewardConfig() or config.coefficient != CoefficientConfig()
+    if paid and not config.has_token_rewards:
         console.warn("neither --flow nor --new-flow: plain RLVR, and the options of the flow reward are not used")
+
+
+def _expert_latents(config: TrainRlConfig, header: FlowHeader | None) -> LatentSequences | None:
+    """Expert latents that fit the flow; None without them, or without a flow.
+
+    Raises:
+        MismatchError: they are of another model, or of other layers than the flow's.
+    """
+    if config.online.expert_latents is None or header is None:
+        return None
+    latents = LatentSequences([config.online.expert_latents], EXPERT_TOKENS)
+    check_latents_fit(header, latents.folders[0])
+    return latents.of_states(header.tapped)
 
 
 def _heldout_problems(config: TrainRlConfig) -> ProblemsConfig | None:

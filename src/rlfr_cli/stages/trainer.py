@@ -1,37 +1,35 @@
-"""The trainer behind `train-rl`: policy, flow and their optimisers, and one method for each phase of a step.
+"""The trainer behind `train-rl`: the policy, its optimiser, and one method for each phase of a step.
 
-Reads what the plan names or a run's last checkpoint; writes checkpoints. ``stages/train_rl.py`` has the order.
+Reads what the plan names or a run's last checkpoint; writes checkpoints. ``stages/train_rl.py`` has the order,
+``stages/online_flow.py`` the flow's part of it.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 
 from rlfr_cli import console
 from rlfr_cli.artifacts.files import canonical_json, read_json, write_atomically
-from rlfr_cli.artifacts.fingerprint import model_fingerprint
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.artifacts.run_folder import RunFolder
-from rlfr_cli.engines.adamw import NamedAdamW
 from rlfr_cli.engines.generation import Sampling
 from rlfr_cli.engines.hf import HfEngine
 from rlfr_cli.engines.single import SingleProcessEngine
-from rlfr_cli.flow.reference import ResponseFacts, group_shares
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import is_accepted
 from rlfr_cli.grading.statistics import mean_with_interval
-from rlfr_cli.ordering import shuffled_items
+from rlfr_cli.ordering import shuffled_range
 from rlfr_cli.policy.forward import forward_batches
 from rlfr_cli.policy.loading import Policy, disable_dropout, load_policy, resolve_model_folder
-from rlfr_cli.rl.advantages import advantages
+from rlfr_cli.rl.choices import UniformGroups
 from rlfr_cli.rl.measuring import Measurement, measure, sequences_of
 from rlfr_cli.rl.metrics import (
     Metrics,
@@ -40,19 +38,19 @@ from rlfr_cli.rl.metrics import (
     measurement_metrics,
     rollout_metrics,
 )
-from rlfr_cli.rl.online import update_flow
 from rlfr_cli.rl.rollouts import Responder
+from rlfr_cli.rl.rounds import draw_until_varied
 from rlfr_cli.rl.schedule import learning_rate_at
+from rlfr_cli.rl.training_batch import BuiltBatch, build_training_batch
 from rlfr_cli.rl.updating import TrainingBatch, UpdateCounts, update_policy
 from rlfr_cli.stages.common import sampling_of
-from rlfr_cli.stages.flows import load_flow, new_flow, with_policy_step, write_flow
+from rlfr_cli.stages.online_flow import OnlineFlow, coefficient_at
+from rlfr_cli.stages.rules import facts_of
 
 if TYPE_CHECKING:
     from rlfr_cli.stages.train_rl import Plan
 
 STATE = "state.json"
-FLOW_OPTIMISER = "flow_optimiser.safetensors"
-FLOW_WEIGHT_DECAY, FLOW_CLIP_NORM = 0.01, 1.0
 
 
 @dataclass
@@ -112,8 +110,8 @@ class Trainer:
         )
         self.reference = self._reference_policy()
         self.responder = Responder(HfEngine(self.policy, self.config.sampling.tokens_per_batch), pool, plan.reward)
-        self.counts, self.flow_steps, self.empty_references = UpdateCounts(), 0, 0
-        self._open_flow(checkpoint)
+        self.counts, self.problems_drawn = UpdateCounts(), 0
+        self.online = None if plan.header is None else OnlineFlow(plan, self.policy, checkpoint)
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -125,45 +123,40 @@ class Trainer:
         reference.model.requires_grad_(False)
         return reference
 
-    def _open_flow(self, checkpoint: Path | None) -> None:
-        """The flow and its optimiser, or None and None for plain RLVR."""
-        self.flow, self.flow_optimiser, self.header = None, None, self.plan.header
-        if self.header is None:
-            return
-        device = self.placement.device
-        path = self.config.flow if checkpoint is None else checkpoint / "flow.safetensors"
-        if path is None:
-            self.flow = new_flow(self.header, self.config.seed, device)
-        else:
-            self.header, self.flow = load_flow(path, device)
-        self.flow_optimiser = NamedAdamW(
-            self.flow.network.named_parameters(), weight_decay=FLOW_WEIGHT_DECAY, clip_norm=FLOW_CLIP_NORM
-        )
-
     # A step
 
     def step(self, step: int) -> StepResult:
         """One rollout batch: draw, measure, train the policy, train the flow."""
         started = time.perf_counter()
-        rows = self._draw(step)
+        rows, rounds = self._draw(step)
         drawn = time.perf_counter()
         weights = self._reference_weights(rows)
-        measured = self._measure(step, rows, weights)
-        batch = self._training_batch(rows, measured)
+        coefficient = coefficient_at(self.config, step, self.plan.total_steps)
+        if self.online is not None:
+            self.online.choose_draws(rows)
+        measured = self._measure(step, rows, weights, coefficient)
+        buffered = self.online.read_buffer() if self.online is not None else []
+        built = self._build(rows, measured)
         scored = time.perf_counter()
-        policy_metrics = self._update_policy(step, batch)
+        policy_metrics = self._update_policy(step, built.batch)
         updated = time.perf_counter()
-        flow_metrics_now = self._update_flow(step, measured, weights)
+        flow_update = self.online.update(step, rows, measured, weights, buffered) if self.online is not None else {}
         finished = time.perf_counter()
 
         tokens = sum(len(row.response_token_ids) for row in rows)
         metrics: dict[str, Any] = {
             **rollout_metrics(rows, self.config.rollout.group_size),
+            "rollout/responses": len(rows),
+            "rollout/sampling_rounds": rounds,
+            "rollout/trained_fraction": sum(built.batch.in_loss) / len(rows),
             **measurement_metrics(rows, measured),
-            **advantage_metrics(batch.advantages),
+            **advantage_metrics(built.advantages),
             **policy_metrics,
-            **(flow_metrics(rows, measured) if self.flow is not None else {}),
-            **flow_metrics_now,
+            **({} if built.kl_to_reference is None else {"policy/kl_to_reference": built.kl_to_reference}),
+            **flow_metrics(rows, measured),
+            **({"flow/coef": coefficient} if measured.scores else {}),
+            **({"flow/num_draws": self.online.num_draws} if self.online is not None and self.online.num_draws else {}),
+            **flow_update,
             "time/sample_s": drawn - started,
             "time/measure_s": scored - drawn,
             "time/update_s": updated - scored,
@@ -171,66 +164,72 @@ class Trainer:
             "time/step_s": finished - started,
             "time/tokens_per_s": tokens / (finished - started),
         }
-        self._annotate(rows, measured, batch)
+        self._annotate(rows, measured, built)
         return StepResult(metrics, rows)
 
-    def _draw(self, step: int) -> list[RolloutRow]:
-        prompted = self.plan.problems.prompted
-        chosen = shuffled_items(
-            len(prompted), self.config.rollout.prompts_per_step, step, self.config.seed, "problem order"
-        )
-        return self.responder.respond(
-            [prompted[index] for index in chosen],
-            self.config.rollout.group_size,
-            sampling_of(self.config.sampling),
-            key=(self.config.seed, "rollouts", step),
+    def _draw(self, step: int) -> tuple[list[RolloutRow], int]:
+        """The rollout batch, and the rounds it took."""
+        rollout = self.config.rollout
+        seen: Counter[int] = Counter()
+
+        def draw(count: int, round_number: int) -> list[RolloutRow]:
+            prompted = self.plan.problems.prompted
+            start = self.problems_drawn
+            chosen = shuffled_range(len(prompted), start, start + count, self.config.seed, "problem order")
+            self.problems_drawn += count
+            # A problem that comes again within a step draws further samples, under further names.
+            first = []
+            for index in chosen:
+                first.append(seen[index] * rollout.group_size)
+                seen[index] += 1
+            return self.responder.respond(
+                [prompted[index] for index in chosen],
+                rollout.group_size,
+                sampling_of(self.config.sampling),
+                key=(self.config.seed, "rollouts", step, *([round_number] if round_number else [])),
+                first_samples=first,
+            )
+
+        if not rollout.dynamic_sampling:
+            return draw(rollout.prompts_per_step, 0), 1
+        return draw_until_varied(
+            draw,
+            wanted=rollout.prompts_per_step,
+            group_size=rollout.group_size,
+            max_rounds=rollout.max_sampling_rounds,
         )
 
     def _reference_weights(self, rows: list[RolloutRow]) -> list[float]:
         """Weight of each response in the online update, 0 for one that is left out."""
-        accepted = [is_accepted(row.grade, row.finish_reason) for row in rows]
-        size = self.config.rollout.group_size
-        shares = group_shares(accepted, [index // size for index in range(len(rows))])
-        return [
-            self.plan.rules.response_weight(
-                ResponseFacts(ok, row.finish_reason == "stop", row.reward or 0.0, len(row.response_token_ids), share)
-            )
-            for row, ok, share in zip(rows, accepted, shares, strict=True)
-        ]
+        return [self.plan.rules.response_weight(facts) for facts in facts_of(rows)]
 
-    def _measure(self, step: int, rows: list[RolloutRow], weights: list[float]) -> Measurement:
-        online = self.flow is not None and self.config.online.online_steps > 0
-        warming_up = self.config.new_flow and step <= self.config.online.flow_warmup
+    def _measure(self, step: int, rows: list[RolloutRow], weights: list[float], coefficient: float) -> Measurement:
+        learns = self.online is not None and self.online.learns
+        reward = replace(self.config.flow_reward, coef=coefficient)
         return measure(
             self.policy,
-            self.flow,
+            None if self.online is None else self.online.flow,
             rows,
-            [online and weight > 0 for weight in weights],
+            [learns and weight > 0 for weight in weights],
             temperature=self.config.sampling.temperature,
-            reward=self.config.flow_reward,
+            reward=reward if self.online is None else self.online.reward(coefficient),
             scores_from=self.config.scores,
-            pay_flow_reward=not warming_up,
             key=(self.config.seed, step),
             tokens_per_batch=self.config.optimiser.tokens_per_micro_batch,
         )
 
-    def _training_batch(self, rows: list[RolloutRow], measured: Measurement) -> TrainingBatch:
-        device = self.placement.device
-        lengths = [len(row.response_token_ids) for row in rows]
-        size = self.config.rollout.group_size
-        advantages_K = advantages(
-            torch.tensor([row.reward for row in rows], device=device),
-            torch.arange(len(rows), device=device) // size,
-            torch.cat(measured.flow_rewards),
-            torch.tensor([0, *lengths], device=device).cumsum(0),
-            estimator=self.config.policy_loss.estimator,
-            discount=self.config.policy_loss.discount,
-        )
-        return TrainingBatch(
-            sequences=sequences_of(rows),
-            old_logprobs=measured.logprobs,
-            advantages=list(advantages_K.split(lengths)),
-            reference_logprobs=self._reference_logprobs(rows),
+    def _build(self, rows: list[RolloutRow], measured: Measurement) -> BuiltBatch:
+        rollout = self.config.rollout
+        uniform = rollout.uniform_groups
+        if uniform is None:
+            uniform = UniformGroups.DROP if rollout.dynamic_sampling else UniformGroups.KEEP
+        return build_training_batch(
+            rows,
+            measured,
+            self._reference_logprobs(rows),
+            self.config.policy_loss,
+            group_size=rollout.group_size,
+            uniform=uniform,
             temperature=self.config.sampling.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
         )
@@ -249,15 +248,16 @@ class Trainer:
                 logprobs[index] = row_logprobs
         return logprobs
 
-    def _update_policy(self, step: int, batch: TrainingBatch) -> dict[str, float]:
+    def _update_policy(self, step: int, batch: TrainingBatch) -> dict[str, float | None]:
         optimiser, rollout = self.config.optimiser, self.config.rollout
         responses = rollout.prompts_per_step * rollout.group_size
-        minibatches = -(-responses // optimiser.minibatch_responses) * optimiser.epochs_per_batch
+        planned = -(-responses // optimiser.minibatch_responses) * optimiser.epochs_per_batch
 
-        def learning_rate(optimiser_step: int) -> float:
+        def learning_rate(done: int, of: int) -> float:
+            # A batch of another size than planned takes the same stretch of the schedule.
             return learning_rate_at(
-                optimiser_step,
-                self.plan.total_steps * minibatches,
+                (step - 1) * planned + done * planned / of,
+                self.plan.total_steps * planned,
                 optimiser.learning_rate,
                 warmup_fraction=optimiser.warmup_fraction,
                 schedule=optimiser.schedule,
@@ -274,40 +274,16 @@ class Trainer:
             (self.config.seed, "update", step),
         )
 
-    def _update_flow(self, step: int, measured: Measurement, weights: list[float]) -> Metrics:
-        if self.flow is None or self.flow_optimiser is None or self.config.online.online_steps == 0:
-            return {}
-        token_weights = {
-            index: weights[index] * self.plan.rules.token_weights(measured.entropies[index])
-            for index in measured.latents
-        }
-        metrics: Metrics = dict(
-            update_flow(
-                self.flow,
-                self.flow_optimiser,
-                measured.latents,
-                token_weights,
-                self.config.online,
-                self.config.flow_reward.timestep,
-                (self.config.seed, step),
-                self.placement.dtype,
-            )
-        )
-        self.flow_steps += int(metrics["flow/steps"] or 0)
-        self.empty_references += not measured.latents
-        metrics["flow/accepted_fraction"] = sum(weight > 0 for weight in weights) / len(weights)
-        metrics["flow/batches_without_accepted"] = self.empty_references
-        return metrics
-
-    def _annotate(self, rows: list[RolloutRow], measured: Measurement, batch: TrainingBatch) -> None:
+    def _annotate(self, rows: list[RolloutRow], measured: Measurement, built: BuiltBatch) -> None:
         """Put what training computed beside each response."""
         for index, row in enumerate(rows):
-            row.advantage = batch.advantages[index].tolist()
+            row.advantage = built.advantages[index].tolist()
             row.entropy = measured.entropies[index].tolist()
             row.trainer_logprobs = measured.logprobs[index].tolist()
             row.flow_reward = measured.flow_rewards[index].tolist()
-            if measured.scores:
+            if measured.deviations:
                 row.deviation = _with_nulls(measured.deviations[index])
+            if measured.scores:
                 row.score = _with_nulls(measured.scores[index])
 
     # Evaluation and checkpoints
@@ -339,20 +315,13 @@ class Trainer:
         """Write a checkpoint: a plain model folder, the flow, and what a resumed run needs."""
         with self.folder.checkpoint(step, keep=self.config.run.keep_checkpoints) as folder:
             self.engine.save(folder / "model", folder / "trainer")
-            if self.flow is not None and self.header is not None and self.flow_optimiser is not None:
-                header = with_policy_step(
-                    self.header,
-                    model_fingerprint(folder / "model"),
-                    step,
-                    self.header.steps + self.flow_steps,
-                )
-                write_flow(folder / "flow.safetensors", header, self.flow)
-                moments = {name: t.contiguous() for name, t in self.flow_optimiser.state_tensors().items()}
-                save_file(moments, folder / "trainer" / FLOW_OPTIMISER)
+            if self.online is not None:
+                self.online.save(folder, step)
             state = {
                 "step": step,
                 "counts": asdict(self.counts),
-                "empty_references": self.empty_references,
+                "problems_drawn": self.problems_drawn,
+                "flow": None if self.online is None else self.online.state(),
             }
             write_atomically(folder / "trainer" / STATE, canonical_json(state))
 
@@ -360,10 +329,9 @@ class Trainer:
         self.engine.load(checkpoint / "trainer")
         state = read_json(checkpoint / "trainer" / STATE)
         self.counts = UpdateCounts(**state["counts"])
-        self.empty_references = state["empty_references"]
-        if self.flow_optimiser is not None:
-            # The flow's header already counts the steps taken before the checkpoint.
-            self.flow_optimiser.load_state_tensors(load_file(checkpoint / "trainer" / FLOW_OPTIMISER))
+        self.problems_drawn = state["problems_drawn"]
+        if self.online is not None:
+            self.online.restore(checkpoint, state["flow"])
 
     def close(self) -> None:
         """Give back engines and graders."""

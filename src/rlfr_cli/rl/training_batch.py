@@ -1,0 +1,122 @@
+"""From a measured rollout batch to what the optimiser trains on: token rewards, advantages, masks.
+
+A token's reward is its flow reward less, with ``--kl-in reward``, kl_coef times its KL to the reference policy; the
+outcome sits on the last token (``rl/advantages.py``). Groups of equal outcome rewards stay or go
+(``--uniform-groups``); cut-off responses may be masked. Pure: rows and measurements in, a batch out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlfr_cli.artifacts.rollouts import RolloutRow
+from rlfr_cli.config.rl import PolicyLossConfig
+from rlfr_cli.rl.advantages import advantages, entropy_shaped
+from rlfr_cli.rl.choices import KLEstimator, KLPlace, UniformGroups
+from rlfr_cli.rl.measuring import Measurement, sequences_of
+from rlfr_cli.rl.policy_loss import kl_estimate
+from rlfr_cli.rl.updating import TrainingBatch
+
+
+@dataclass(frozen=True)
+class BuiltBatch:
+    """The batch, and what it was made of.
+
+    Attributes:
+        batch: of the responses that are trained on.
+        advantages: [T] of every response of the rollout batch, 0 for those left out.
+        kl_to_reference: mean k3 over all response tokens in nats, None without a reference policy.
+    """
+
+    batch: TrainingBatch
+    advantages: list[torch.Tensor]
+    kl_to_reference: float | None
+
+
+def uniform_groups(rewards: Sequence[float], group_size: int) -> list[bool]:
+    """For each response, whether its group's outcome rewards are all equal; groups stand together."""
+    flags = []
+    for start in range(0, len(rewards), group_size):
+        group = rewards[start : start + group_size]
+        flags += [len(set(group)) == 1] * len(group)
+    return flags
+
+
+def build_training_batch(
+    rows: Sequence[RolloutRow],
+    measured: Measurement,
+    reference_logprobs: Sequence[torch.Tensor] | None,
+    config: PolicyLossConfig,
+    *,
+    group_size: int,
+    uniform: UniformGroups,
+    temperature: float,
+    max_new_tokens: int,
+) -> BuiltBatch:
+    """Advantages and masks of a rollout batch whose groups of ``group_size`` stand together.
+
+    Args:
+        reference_logprobs: [T] of each response by the reference policy, or None.
+        temperature: that of sampling.
+        max_new_tokens: what the constant-length mean divides by.
+    """
+    flags = uniform_groups([row.reward or 0.0 for row in rows], group_size)
+    kept = [index for index, flag in enumerate(flags) if not (flag and uniform is UniformGroups.DROP)]
+    all_advantages = [torch.zeros_like(logprobs_T) for logprobs_T in measured.logprobs]
+    if kept:
+        for index, advantages_T in zip(
+            kept, _advantages(rows, kept, measured, reference_logprobs, config, group_size), strict=True
+        ):
+            all_advantages[index] = advantages_T
+    in_loss = config.kl_coef > 0 and config.kl_in is KLPlace.LOSS
+    sequences = sequences_of(rows)
+    batch = TrainingBatch(
+        sequences=[sequences[index] for index in kept],
+        old_logprobs=[measured.logprobs[index] for index in kept],
+        advantages=[all_advantages[index] for index in kept],
+        reference_logprobs=[reference_logprobs[index] for index in kept] if reference_logprobs and in_loss else None,
+        in_loss=[not (config.mask_cut_off and rows[index].finish_reason == "length") for index in kept],
+        temperature=temperature,
+        max_new_tokens=max_new_tokens,
+    )
+    return BuiltBatch(batch, all_advantages, _mean_kl(measured, reference_logprobs))
+
+
+def _advantages(
+    rows: Sequence[RolloutRow],
+    kept: Sequence[int],
+    measured: Measurement,
+    reference_logprobs: Sequence[torch.Tensor] | None,
+    config: PolicyLossConfig,
+    group_size: int,
+) -> Sequence[torch.Tensor]:
+    """Advantages [T] of the kept responses."""
+    lengths = [len(measured.logprobs[index]) for index in kept]
+    token_rewards_K = torch.cat([measured.flow_rewards[index] for index in kept])
+    device = token_rewards_K.device
+    if reference_logprobs is not None and config.kl_in is KLPlace.REWARD:
+        kl = [kl_estimate(measured.logprobs[i], reference_logprobs[i], config.kl_estimator) for i in kept]
+        token_rewards_K = token_rewards_K - config.kl_coef * torch.cat(kl)
+    advantages_K = advantages(
+        torch.tensor([rows[index].reward or 0.0 for index in kept], device=device),
+        torch.tensor([index // group_size for index in kept], device=device),
+        token_rewards_K,
+        torch.tensor([0, *lengths], device=device).cumsum(0),
+        estimator=config.estimator,
+        discount=config.discount,
+    )
+    if config.entropy_advantage > 0:
+        entropies_K = torch.cat([measured.entropies[index] for index in kept])
+        advantages_K = entropy_shaped(
+            advantages_K, entropies_K, scale=config.entropy_advantage, cap=config.entropy_advantage_cap
+        )
+    return advantages_K.split(lengths)
+
+
+def _mean_kl(measured: Measurement, reference_logprobs: Sequence[torch.Tensor] | None) -> float | None:
+    if reference_logprobs is None:
+        return None
+    return float(kl_estimate(torch.cat(measured.logprobs), torch.cat(list(reference_logprobs)), KLEstimator.K3).mean())
