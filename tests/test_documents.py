@@ -57,7 +57,7 @@ def test_every_script_is_valid_bash(script: Path) -> None:
 
 def test_the_readme_names_every_command() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for command in (*COMMANDS, "show", "plot"):
+    for command in (*COMMANDS, "show", "plot", "merge"):
         assert f"rlfr {command}" in text, command
 
 

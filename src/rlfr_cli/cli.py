@@ -21,10 +21,12 @@ import typer
 
 from rlfr_cli import __version__, console
 from rlfr_cli.config.commands import COMMANDS, Command
-from rlfr_cli.config.fields import LeafOption, default_text
+from rlfr_cli.config.fields import LeafOption, StageConfig, default_text
 from rlfr_cli.config.presets import PRESETS
 from rlfr_cli.config.recipe import resolve
 from rlfr_cli.errors import RlfrError
+from rlfr_cli.ranks import rank_of, take_part
+from rlfr_cli.report.tables import Drawing
 
 RUN_PANEL = "Recipe and output"
 RUN_OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
@@ -36,6 +38,10 @@ RUN_OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
 
 PLOT_HELP = (
     "Draw runs side by side from their metrics: accuracy, reward, entropy, length, what the flow says, and more."
+)
+MERGE_HELP = (
+    "Complete a folder that parts (--part, torchrun, srun) wrote together, if all is there; says what is missing, and "
+    "exits with 1, if not."
 )
 SHOW_HELP = "Say what an artifact is, what it was made from, and whether it is whole; exits with 1 if damaged."
 
@@ -93,9 +99,10 @@ def _add_stage(name: str, command: Command) -> None:
             console.set_quiet(bool(given["quiet"]))
             flags = {leaf.path: given[key] for key, leaf in leaves.items() if given[key] is not None}
             config = resolve(command.config, command=name, flags=flags, recipe=given["config"], preset=given["preset"])
+            config = _share_out(config)
             summary = importlib.import_module(command.stage).run(config)
             if given["json"]:
-                console.emit_json(summary)
+                console.emit_json({key: value for key, value in summary.items() if not isinstance(value, Drawing)})
             else:
                 console.print_summary(f"rlfr {name}", summary)
 
@@ -103,6 +110,17 @@ def _add_stage(name: str, command: Command) -> None:
     parameters += [_run_parameter(key) for key in RUN_OPTIONS]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     app.command(name, help=command.help)(run)
+
+
+def _share_out(config: StageConfig) -> StageConfig:
+    """Under torchrun or srun, the config of this rank's part of the work."""
+    rank = rank_of(os.environ)
+    shared: Any = config if rank is None else take_part(config, rank)
+    if rank is not None and shared is not config:
+        console.log(
+            f"rank {rank.index} of {rank.count} under {rank.launcher}: --part {shared.part} --device {shared.device}"
+        )
+    return shared
 
 
 def _parameter(key: str, leaf: LeafOption) -> inspect.Parameter:
@@ -162,6 +180,24 @@ def _root(
 
 for _name, _command in COMMANDS.items():
     _add_stage(_name, _command)
+
+
+@app.command("merge", help=MERGE_HELP)
+def _merge(
+    path: Annotated[Path, typer.Argument(help="The --out of the parts.", metavar="PATH")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+) -> None:
+    with exit_codes():
+        module = importlib.import_module("rlfr_cli.stages.merge")
+        merged = module.merge(path)
+        if as_json:
+            console.emit_json(merged)
+        if merged["complete"]:
+            console.log(f"{path} is complete: {merged['units']} units of {merged['kind']}")
+            return
+        message, hint = module.what_is_missing(merged)
+        console.error(message, hint=hint)
+        raise typer.Exit(1)
 
 
 @app.command("show", help=SHOW_HELP)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from rlfr_cli.artifacts.fingerprint import ModelFingerprint
@@ -28,20 +30,20 @@ INFO = LatentsInfo(
 LENGTHS = ([3, 0, 4], [5])
 
 
-def make_shard(index: int) -> dict[str, Tensor]:
+def make_shard(index: int, *, int8: bool = False) -> dict[str, Tensor]:
     lengths = LENGTHS[index]
     generator = torch.Generator().manual_seed(index)
     latents = torch.randn(sum(lengths), 3, 6, generator=generator).bfloat16()
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     ids = torch.arange(len(lengths)) + 10 * index
-    return latents_shard(latents, torch.arange(sum(lengths)), offsets, ids)
+    return latents_shard(latents, torch.arange(sum(lengths)), offsets, ids, int8=int8)
 
 
 def write(path: Path, info: LatentsInfo = INFO) -> Path:
     stage = StageFolder.open_for_writing(path, kind="latents", config={}, inputs={}, seed=0, num_units=2)
     for unit in range(2):
         names = [(f"p{unit}", sample) for sample in range(len(LENGTHS[unit]))]
-        stage.write_tensors(unit, make_shard(unit), {"responses": names})
+        stage.write_tensors(unit, make_shard(unit, int8=info.dtype == "int8"), {"responses": names})
     assert stage.finish(info.to_extra())
     return path
 
@@ -139,10 +141,54 @@ def test_a_manifest_that_contradicts_the_shards_is_refused(tmp_path: Path) -> No
         LatentsFolder(tmp_path)
 
 
+def test_eight_bits_are_read_as_float32_and_a_part_as_the_whole(tmp_path: Path) -> None:
+    latents = LatentsFolder(write(tmp_path, replace(INFO, dtype="int8")))
+    for index in range(2):
+        whole, wanted = latents.read_shard(index), make_shard(index)
+        assert whole.latents_NJD.dtype == torch.float32
+        torch.testing.assert_close(whole.latents_NJD, wanted["latents"].float(), atol=0.1, rtol=0)
+        assert not torch.equal(whole.latents_NJD, wanted["latents"].float())
+        assert torch.equal(whole.token_ids_N, wanted["token_ids"])
+    part = latents.read_sequences(0, 2, 3)
+    assert torch.equal(part.latents_NJD, latents.read_shard(0).latents_NJD[3:])
+    with safe_open(tmp_path / "shards" / "00000.safetensors", "pt") as tensors:
+        assert {name: tensors.get_slice(name).get_shape() for name in tensors.keys() if "latents" in name} == {  # noqa: SIM118
+            "latents": [7, 3, 6],
+            "latents_scale": [7, 3],
+            "latents_centre": [3, 6],
+            "latents_unit": [3, 6],
+        }
+
+
+def test_a_manifest_that_names_another_dtype_is_refused(tmp_path: Path) -> None:
+    """Numbers in 8 bits would pass for latents."""
+    write(tmp_path, replace(INFO, dtype="int8"))
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"int8"', '"bfloat16"'))
+    with pytest.raises(ArtifactError, match="holds latents in I8, and the manifest speaks of bfloat16"):
+        LatentsFolder(tmp_path)
+
+
+def test_the_format_version_before_eight_bits_is_still_read(tmp_path: Path) -> None:
+    write(tmp_path)
+    for name in ("stage.json", "manifest.json"):
+        text = (tmp_path / name).read_text()
+        assert '"format_version": 2' in text
+        (tmp_path / name).write_text(text.replace('"format_version": 2', '"format_version": 1'))
+    assert LatentsFolder(tmp_path).info == INFO
+    for name in ("stage.json", "manifest.json"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace('"format_version": 1', '"format_version": 3'))
+    with pytest.raises(ArtifactError, match="format version 3"):
+        LatentsFolder(tmp_path)
+
+
 def test_bytes_by_hand() -> None:
     # 10 tokens of 3 × 8 numbers of 2 bytes, and 10 ids of 4 bytes.
     assert latents_bytes(10, 3, 8, "bfloat16") == 480 + 40
-    assert latents_bytes(10, 3, 8, torch.float32) == 960 + 40
+    assert latents_bytes(10, 3, 8, "float32") == 960 + 40
+    # Of each of two shards also 3 × 8 centres and units, of each token 3 scales.
+    assert latents_bytes(10, 3, 8, "int8", num_shards=2) == 10 * 3 * (8 + 4) + 2 * 3 * 8 * 8 + 40
 
 
 def test_bytes_on_disk_are_near_the_estimate(tmp_path: Path) -> None:

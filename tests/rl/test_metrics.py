@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rlfr_cli.policy.forward import TokenSequence
+from rlfr_cli.rl.correction import CorrectionOptions
 from rlfr_cli.rl.measuring import Measurement
 from rlfr_cli.rl.metrics import advantage_metrics, flow_metrics, measurement_metrics, rollout_metrics
 from tiny_policies import rollout_row
@@ -48,7 +49,7 @@ def test_gap_between_engine_and_trainer_by_hand() -> None:
     measured = Measurement(
         [torch.tensor([-1.0, -2.5]), torch.tensor([-2.0])], [torch.tensor([1.0, 2.0]), torch.ones(1)]
     )
-    metrics = measurement_metrics(rows, measured)
+    metrics = measurement_metrics(rows, measured, (0.8, 1.2), CorrectionOptions())
     assert metrics["policy/entropy"] == pytest.approx(4 / 3)
     assert metrics["engine/logprob_gap_max"] == pytest.approx(1.0)
     wanted = (math.exp(-0.5) - 1 + 0.5 + math.exp(1.0) - 1 - 1.0) / 3

@@ -186,7 +186,7 @@ def test_the_policys_gradient_checkpointing_does_not_touch_the_flows_update(
     rows = rollout_rows(LENGTHS, 1)
     known = measured(policy, flow, 1)
     advantages = [torch.ones_like(logprobs_T) for logprobs_T in known.logprobs]
-    batch = TrainingBatch(sequences_of(rows), known.logprobs, advantages, None, [True] * len(rows), 1.0, 32)
+    batch = TrainingBatch(sequences_of(rows), known.logprobs, advantages, None, None, [True] * len(rows), 1.0, 32)
     update_policy(
         engine, batch, OptimiserConfig(), PolicyLossConfig(), UpdateCounts(), lambda done, of: 1e-4, (0, "update", 1)
     )

@@ -10,6 +10,7 @@ import torch
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.config.rl import PolicyLossConfig
 from rlfr_cli.rl.choices import Estimator, KLEstimator, KLPlace, UniformGroups
+from rlfr_cli.rl.correction import CorrectionOptions
 from rlfr_cli.rl.measuring import Measurement
 from rlfr_cli.rl.training_batch import BuiltBatch, build_training_batch, uniform_groups
 from tiny_policies import rollout_rows
@@ -39,11 +40,20 @@ def build(
     measured: Measurement,
     reference: list[torch.Tensor] | None = None,
     uniform: UniformGroups = UniformGroups.KEEP,
+    correction: CorrectionOptions | None = None,
     **options: Any,
 ) -> BuiltBatch:
     config = PolicyLossConfig(**{"estimator": Estimator.MEAN_ONLY, **options})
     return build_training_batch(
-        rows, measured, reference, config, group_size=2, uniform=uniform, temperature=1.0, max_new_tokens=8
+        rows,
+        measured,
+        reference,
+        config,
+        group_size=2,
+        uniform=uniform,
+        correction=correction,
+        temperature=1.0,
+        max_new_tokens=8,
     )
 
 
@@ -139,3 +149,13 @@ def test_the_entropy_advantage_is_added_and_capped() -> None:
     # No outcome, no bonus: it follows advantages and makes none.
     uniform = rows_of([1, 1])
     assert build(uniform, measurement(uniform), entropy_advantage=0.4).advantages[0].tolist() == [0, 0, 0]
+
+
+def test_the_gap_to_the_engine_weights_the_responses_that_stay() -> None:
+    """Trainer e^-1; the engine drew the second group's first token at e^-1.5: ratio e^0.5, truncated at 1.2."""
+    rows = rows_of([1, 1, 0, 1])
+    rows[2].response_logprobs = [-1.5, -1.0, -0.5]
+    built = build(rows, measurement(rows), uniform=UniformGroups.DROP, correction=CorrectionOptions(cap=1.2))
+    assert built.batch.corrections is not None
+    assert [w.tolist() for w in built.batch.corrections] == [pytest.approx([1.2, 1, 0.6065], abs=1e-4), [1, 1, 1]]
+    assert build(rows, measurement(rows)).batch.corrections is None

@@ -60,6 +60,7 @@ def make_batch(policy: Policy, *, off_policy: float = 0.3, with_reference: bool 
         old_logprobs=[logprobs + off_policy * noise(len(logprobs)) for logprobs in now],
         advantages=[noise(len(logprobs)) for logprobs in now],
         reference_logprobs=[logprobs + 0.5 * noise(len(logprobs)) for logprobs in now] if with_reference else None,
+        corrections=None,
         in_loss=[True] * len(SEQUENCES),
         temperature=TEMPERATURE,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -107,9 +108,12 @@ def naive_loss(policy: Policy, batch: TrainingBatch, config: PolicyLossConfig) -
             log_ratio = mean_difference if config.ratio_level is RatioLevel.SEQUENCE else differences[k]
             ratio, advantage = log_ratio.exp(), batch.advantages[i][k]
             term = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+            if batch.corrections is not None:
+                term = term * batch.corrections[i][k]
             if batch.reference_logprobs is not None:
                 gap = batch.reference_logprobs[i][k] - logprob
-                term = term + config.kl_coef * (gap.exp() - 1 - gap)
+                kl = (gap.exp() - 1 - gap) * (ratio if config.kl_ratio else 1)
+                term = term + config.kl_coef * kl
             at = distribution[start + k - 1]
             terms.append(term + config.entropy_coef * (at.exp() * at).sum())
         terms_by_response.append(terms if batch.in_loss[i] else [])
@@ -128,19 +132,24 @@ CONFIGS = [
     PolicyLossConfig(aggregation=Aggregation.TOKEN_MEAN),
     PolicyLossConfig(aggregation=Aggregation.CONSTANT_LENGTH, ratio_level=RatioLevel.SEQUENCE),
     PolicyLossConfig(kl_coef=0.3, reference_model=REFERENCE),
+    PolicyLossConfig(kl_coef=0.3, kl_ratio=True, reference_model=REFERENCE, ratio_level=RatioLevel.SEQUENCE),
     PolicyLossConfig(entropy_coef=0.2, aggregation=Aggregation.TOKEN_MEAN),
 ]
-NAMES = ["response", "token", "constant-sequence", "kl", "entropy"]
+NAMES = ["response", "token", "constant-sequence", "kl", "kl-ratio", "entropy"]
 
 
+@pytest.mark.parametrize("corrected", [False, True], ids=["", "corrected"])
 @pytest.mark.parametrize("masked", [(), (1, 2)], ids=["all", "masked"])
 @pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_gradient_is_that_of_the_naive_loss(
-    config: PolicyLossConfig, masked: tuple[int, ...], model_folders: ModelFolders
+    config: PolicyLossConfig, masked: tuple[int, ...], corrected: bool, model_folders: ModelFolders
 ) -> None:
     policy = model_folders.policy()
     batch = make_batch(policy, with_reference=config.kl_coef > 0)
     batch = replace(batch, in_loss=[index not in masked for index in range(len(SEQUENCES))])
+    if corrected:
+        generator = torch.Generator().manual_seed(1)
+        batch = replace(batch, corrections=[torch.rand(len(a), generator=generator) + 0.5 for a in batch.advantages])
     loss = naive_loss(policy, batch, config)
     loss.backward()
     wanted: Gradients = {name: p.grad.clone() for name, p in policy.model.named_parameters()}

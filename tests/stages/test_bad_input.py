@@ -20,6 +20,7 @@ from rlfr_cli.artifacts.rollouts import iter_rollouts
 from rlfr_cli.cli import app
 from rlfr_cli.config.common import GradingConfig, PromptConfig
 from rlfr_cli.config.train_rl import RolloutConfig, RunConfig
+from rlfr_cli.engines import opening
 from rlfr_cli.errors import (
     ArtifactError,
     ConfigError,
@@ -103,8 +104,7 @@ def test_a_problem_file_that_cannot_be_used(
 ) -> None:
     rows, message, hint = BAD_FILES[case]
     data = write_lines(tmp_path / "problems.jsonl", *rows)
-    for module in (sample, evaluate):
-        monkeypatch.setattr(module, "load_policy", None)
+    monkeypatch.setattr(opening, "load_policy", None)
     run, make = PROBLEM_STAGES[stage]
     with pytest.raises(InputError) as caught:
         run(make(tiny.policy, data, tmp_path / "out"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,33 @@ def test_the_summary_of_score_and_of_diagnose_share_their_token_table() -> None:
         "mean_score": 2.0,
     }
     assert tokens["least_penalised_tokens"][0]["token"] == "4"
+
+
+def test_rollouts_of_a_run_have_the_runs_temperature(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    rollouts = tmp_path / "run" / "rollouts"
+    shutil.copytree(tiny.rollouts, rollouts / "step-000001")
+    run = {"kind": "run", "format_version": 1, "config": {"sampling": {"temperature": 0.6}}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(run))
+    for given in (rollouts, rollouts / "step-000001"):
+        config = DiagnoseConfig(flow=tiny.flow, model=str(tiny.policy), rollouts=given)
+        assert diagnose._temperature(config) == 0.6
+    shutil.copytree(tiny.rollouts, tmp_path / "rollouts")
+    plain = DiagnoseConfig(flow=tiny.flow, model=str(tiny.policy), rollouts=tmp_path / "rollouts")
+    assert diagnose._temperature(plain) == 1.0
+
+
+def test_a_token_that_the_model_does_not_know_is_refused_before_work(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    rows = list(iter_rollouts(tiny.rollouts))
+    rows[3].response_token_ids[0] = 100_000
+    folder = StageFolder.open_for_writing(
+        tmp_path / "rollouts", kind="rollouts", config={}, inputs={}, seed=0, num_units=1
+    )
+    folder.write_table(0, rollout_table(rows))
+    folder.finish({})
+    config = DiagnoseConfig(
+        flow=tiny.flow, model=str(tiny.policy), rollouts=tmp_path / "rollouts", out=tmp_path / "out", device="cpu"
+    )
+    with pytest.raises(InputError, match="100000") as caught:
+        diagnose.run(config)
+    assert caught.value.exit_code == 2
+    assert not (tmp_path / "out").exists()

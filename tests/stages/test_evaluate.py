@@ -14,6 +14,7 @@ from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.reading import ArtifactFolder
 from rlfr_cli.artifacts.rollouts import RolloutRow, table_rows
 from rlfr_cli.config.common import GradingConfig
+from rlfr_cli.engines import opening
 from rlfr_cli.engines.generation import Generation
 from rlfr_cli.engines.hf import HfEngine
 from rlfr_cli.errors import ConfigError, OutputInUseError, Stopped
@@ -154,7 +155,7 @@ def test_a_complete_evaluation_is_told_again(
     tiny: TinyArtifacts, evaluated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = bytes_of(evaluated)
-    monkeypatch.setattr(evaluate, "load_policy", None)
+    monkeypatch.setattr(opening, "load_policy", None)
     again = evaluate.run(eval_config(tiny.policy, tiny.problems, evaluated))
     assert "nothing to do" in capsys.readouterr().err
     stored = json.loads((evaluated / "results.json").read_text())

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.latents import LatentsFolder
 from rlfr_cli.artifacts.rollouts import iter_rollouts
+from rlfr_cli.artifacts.scores import iter_scores
 from rlfr_cli.config.common import PromptConfig
 from rlfr_cli.config.extract_latents import StoreDtype
 from rlfr_cli.errors import ConfigError, InputError, OutputSpaceError, Stopped, WorkError
 from rlfr_cli.policy.forward import TokenSequence, forward_batches
 from rlfr_cli.policy.loading import load_policy, resolve_placement
-from rlfr_cli.stages import extract_latents
-from stages.tiny_stages import TinyArtifacts, bytes_of, extract_config, interrupt_after
+from rlfr_cli.report.diagnosis_statistics import spearman
+from rlfr_cli.stages import extract_latents, extraction, score
+from stages.tiny_stages import TinyArtifacts, bytes_of, extract_config, interrupt_after, score_config
 
 
 def sequences_of(path: Path) -> list[tuple[torch.Tensor, list[int]]]:
@@ -224,6 +226,23 @@ def test_the_size_told_beforehand_is_what_is_written(tiny: TinyArtifacts, tmp_pa
     assert 0 <= written - plan["bytes"] <= 1000 * len(shards), "names, offsets and headers"
 
 
+def test_scores_of_latents_in_eight_bits_are_those_of_float32(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    extract_latents.run(
+        extract_config(
+            tiny.policy, tmp_path / "latents", rollouts=tiny.rollouts, layer_index=(2, 5), store=StoreDtype.INT8
+        )
+    )
+    assert LatentsFolder(tmp_path / "latents").info.dtype == "int8"
+    score.run(score_config(tiny.flow, tmp_path / "float32", latents=tiny.latents))
+    score.run(score_config(tiny.flow, tmp_path / "int8", latents=tmp_path / "latents"))
+    ranks = []
+    for ours, theirs in zip(iter_scores(tmp_path / "int8"), iter_scores(tmp_path / "float32"), strict=True):
+        assert ours.score[:-1] != theirs.score[:-1]
+        assert ours.score[:-1] == pytest.approx(theirs.score[:-1], rel=0.02)
+        ranks.append(spearman(ours.score[:-1], theirs.score[:-1]))
+    assert sum(ranks) / len(ranks) > 0.99
+
+
 def test_too_little_disk_is_refused_before_anything_is_loaded_or_written(
     tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,8 +269,8 @@ def test_space_is_needed_for_what_is_still_missing_only(
 def test_latents_beyond_float16_are_an_error_and_not_infinite(
     tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = extract_latents.decoder_latents
-    monkeypatch.setattr(extract_latents, "decoder_latents", lambda *args: [1e6 * latents for latents in real(*args)])
+    real = extraction.decoder_latents
+    monkeypatch.setattr(extraction, "decoder_latents", lambda *args: [1e6 * latents for latents in real(*args)])
     with pytest.raises(WorkError, match="float16") as caught:
         extract_latents.run(expert_config(tiny, tmp_path / "half", store=StoreDtype.FLOAT16))
     assert "--store bfloat16" in str(caught.value.hint)

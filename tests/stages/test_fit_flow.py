@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlfr_cli.errors import ArtifactError, ConfigError, InputError, MismatchErro
 from rlfr_cli.flow.choices import Context
 from rlfr_cli.flow.noise import response_noise
 from rlfr_cli.flow.published import to_published
+from rlfr_cli.flow.velocity import VelocityNetwork
 from rlfr_cli.stages import extract_latents, fit_flow
 from rlfr_cli.stages.flow_evaluation import TIMESTEPS
 from rlfr_cli.stages.flows import load_flow, sizes_of
@@ -509,3 +511,28 @@ def test_latents_of_other_weights_are_other_inputs(tiny: TinyArtifacts, tmp_path
         extract_latents.run(extract_config(model, tmp_path / f"of-{model.name}", data=str(tmp_path / "e.jsonl")))
     with pytest.raises(MismatchError, match=r"differ in the model: .*weights"):
         fit_flow.run(fit_config([tmp_path / "of-a", tmp_path / "of-b"], tmp_path / "f"))
+
+
+@pytest.mark.parametrize(
+    ("options", "fact"),
+    [
+        ({"depth": 3}, "depth"),
+        ({"width": 48}, "width"),
+        ({"time_scale": 100.0}, "time_scale"),
+        ({"normalisation": "channel"}, "normalisation"),
+    ],
+)
+def test_options_that_contradict_a_published_flow_are_refused(
+    options: dict[str, Any], fact: str, tiny: TinyArtifacts, tmp_path: Path
+) -> None:
+    published = publish(tiny.flow, tmp_path / "flow_model.bin")
+    with pytest.raises(ConfigError, match=f"was fitted with {fact}"):
+        fit_flow.run(fit_config(tiny.latents, tmp_path / "f", network=NetworkConfig(**options), init_from=published))
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_published_flow_with_conditions_of_another_size_is_refused(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    sizes = replace(sizes_of(read_flow_header(tiny.flow)), condition_size=40)
+    torch.save(to_published(VelocityNetwork(sizes).state_dict(), sizes), tmp_path / "flow_model.bin")
+    with pytest.raises(MismatchError, match="conditions of size 40; this model's latents have 128"):
+        fit_flow.run(fit_config(tiny.latents, tmp_path / "f", init_from=tmp_path / "flow_model.bin"))

@@ -17,6 +17,7 @@ from fake_packages import group, install
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.rollouts import RolloutRow, iter_rollouts
 from rlfr_cli.config.common import GradingConfig
+from rlfr_cli.engines import opening
 from rlfr_cli.errors import ConfigError, InputError, OutputInUseError, Stopped
 from rlfr_cli.stages import sample
 from stages.tiny_stages import (
@@ -255,7 +256,7 @@ def test_the_same_config_again_says_so_and_changes_nothing(
 ) -> None:
     before = bytes_of(tiny.rollouts)
     times = {path: path.stat().st_mtime_ns for path in tiny.rollouts.rglob("*") if path.is_file()}
-    monkeypatch.setattr(sample, "load_policy", None)  # nothing is loaded for it
+    monkeypatch.setattr(opening, "load_policy", None)  # nothing is loaded for it
     summary = sample.run(sample_config(tiny.policy, tiny.problems, tiny.rollouts))
     assert "complete already; nothing to do" in capsys.readouterr().err
     assert summary["complete"]
@@ -304,7 +305,7 @@ def test_overwrite_and_part_exclude_each_other(tiny: TinyArtifacts, tmp_path: Pa
 def test_a_dry_run_tells_the_work_and_writes_nothing(
     tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample, "load_policy", None)
+    monkeypatch.setattr(opening, "load_policy", None)
     summary = sample.run(sample_config(tiny.policy, tiny.problems, tmp_path / "out", dry_run=True))
     assert (summary["problems"], summary["responses"], summary["shards"]) == (6, 24, 3)
     assert summary["most_new_tokens"] == 24 * 32

@@ -54,6 +54,8 @@ ROLLOUT_KEYS = {
     "rollout/trained_fraction", "rollout/response_tokens", "rollout/cut_off_fraction",
     "rollout/zero_variance_group_fraction", "grader/no_answer_fraction", "grader/unparseable_fraction",
     "grader/timeout_fraction", "engine/logprob_gap_max", "engine/kl_to_trainer",
+    "engine/ratio_max", "engine/outside_clip_fraction", "engine/outside_clip_fraction_corrected",
+    "engine/cut_fraction", "engine/weight_mean",
     "advantage/mean", "advantage/std", "advantage/min", "advantage/max", "advantage/negative_fraction",
     "policy/entropy", "policy/loss", "policy/gradient_norm", "policy/learning_rate", "policy/skipped_steps",
     "policy/clip_fraction", "policy/approximate_kl", "policy/ratio_mean", "policy/ratio_max",

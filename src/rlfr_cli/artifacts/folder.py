@@ -1,16 +1,21 @@
 """The folder of one stage: ``stage.json`` first, then shards in any order, ``manifest.json`` last.
 
 ``stage.json`` holds what was asked for: kind, format version, config, fingerprints of the inputs, seed,
-number of units, versions of packages. ``manifest.json`` holds what came out: totals, every shard's rows,
-bytes and SHA-256, and facts of the kind. Its presence means that the artifact is complete. Neither holds a
-path or a time, so equal work gives equal bytes. Processes with other parts of the work may write in one
-folder at once.
+number of units, versions of packages, facts of the kind that are known before the work. ``manifest.json``
+holds what came out: totals, every shard's rows, bytes and SHA-256, and all facts of the kind. Its presence
+means that the artifact is complete. Neither holds a path or a time, so equal work gives equal bytes.
+
+Processes with other parts of the work may write in one folder at once, from other machines too, without a
+lock and without knowing of each other: whoever is first makes ``stage.json`` and the others compare theirs;
+a unit that has its record is never written again; and every process looks at its end whether all units are
+there, so the last one in writes the manifest, and two at the same moment write the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,13 +37,15 @@ from rlfr_cli.artifacts.files import (
 )
 from rlfr_cli.artifacts.reading import FORMAT_VERSIONS, ArtifactFolder, read_stage
 from rlfr_cli.artifacts.shards import ShardRecord
-from rlfr_cli.errors import ConfigError, OutputInUseError
+from rlfr_cli.errors import ArtifactError, ConfigError, MissingInputError, OutputInUseError, WorkError
 
 __all__ = ["FORMAT_VERSIONS", "ArtifactFolder", "StageFolder", "package_versions", "read_stage"]
 
 PACKAGES = ("rlfr-cli", "torch", "transformers", "pyarrow", "safetensors", "math-verify", "vllm", "deepspeed")
 COMPARED_KEYS = ("kind", "format_version", "config", "inputs", "seed", "num_units")
 WAYS_OUT = "give --overwrite to replace it, or another --out"
+# An empty folder that says that a part was begun; it goes when all is done.
+PART_MARK = re.compile(rf"\.part-\d+-of-(\d+){re.escape(PARTIAL_SUFFIX)}")
 
 
 def package_versions() -> dict[str, str]:
@@ -59,7 +66,8 @@ class StageFolder:
         path: the folder.
         stage: the contents of ``stage.json``.
         continued: earlier work of the same config was found.
-        complete: all of it was done before, so there is nothing to do.
+        complete: all of it is done.
+        missing: the units that were not there when :meth:`finish` looked.
         version_differences: one line a package whose version is not that of the earlier work.
     """
 
@@ -67,23 +75,20 @@ class StageFolder:
         self.path = path
         self.stage = stage
         self.continued = continued
+        self.missing: list[int] = []
         here = package_versions()
         self.version_differences = describe_differences(
             differing_keys(stage["versions"], here) if continued else {}
         ).splitlines()
-        self.complete = self._check_manifest()
+        self.complete = self._manifest_fits()
 
-    def _check_manifest(self) -> bool:
-        """Whether all is done; a manifest that no longer fits the shards, such as a cut one, is removed."""
+    def _manifest_fits(self) -> bool:
         manifest = self.path / "manifest.json"
         if not manifest.exists():
             return False
         records = shard_files.read_records(self.path / "shards")
         present = [records[unit].to_dict() for unit in sorted(records)]
-        if read_json(manifest).get("shards") == present and len(present) == self.num_units:
-            return True
-        manifest.unlink(missing_ok=True)
-        return False
+        return read_json(manifest).get("shards") == present and len(present) == self.num_units
 
     @classmethod
     def open_for_writing(
@@ -97,6 +102,7 @@ class StageFolder:
         seed: int,
         num_units: int,
         files: Sequence[str] = (),
+        extra: Mapping[str, Any] | None = None,
         overwrite: bool = False,
     ) -> StageFolder:
         """Start a stage's work, or continue unfinished work of the same config.
@@ -109,6 +115,7 @@ class StageFolder:
             inputs: fingerprints of the inputs, JSON-able.
             num_units: fixed units of work, in input order; one shard each.
             files: names of the files that the stage itself writes into the folder, beside the shards.
+            extra: facts of the kind that are known before the work, JSON-able, for the manifest.
             overwrite: remove what the project wrote there, whether finished or not, and start again.
 
         Raises:
@@ -123,18 +130,17 @@ class StageFolder:
             seed=seed,
             num_units=num_units,
             files=files,
+            extra=extra,
         )
         _refuse_output(path, stage, overwrite=overwrite)
         if overwrite and (path / "stage.json").exists():
             remove_stage(path)
-        try:
-            write_atomically(path / "stage.json", canonical_json(stage, indent=2), exclusive=True)
-        except FileExistsError:
+        continued = not _create_stage(path, stage)
+        if continued:
             earlier = read_stage(path)
             _refuse_other_work(path, earlier, stage)
-            folder = cls(path, earlier, continued=True)
-        else:
-            folder = cls(path, stage, continued=False)
+            stage = {"extra": stage["extra"], **earlier}
+        folder = cls(path, stage, continued=continued)
         (path / "shards").mkdir(exist_ok=True)
         return folder
 
@@ -170,17 +176,53 @@ class StageFolder:
         done = shard_files.read_records(self.path / "shards").keys()
         return [unit for unit in range(index - 1, self.num_units, num_parts) if unit not in done]
 
+    def mark_part(self, part: tuple[int, int]) -> None:
+        """Leave a sign that this part was begun, from which :meth:`num_parts` knows how many there are."""
+        (self.path / f".part-{part[0]}-of-{part[1]}{PARTIAL_SUFFIX}").mkdir(exist_ok=True)
+
+    def num_parts(self) -> int | None:
+        """The most parts that unfinished work was begun in; None where it was not cut, or is finished."""
+        marks = [PART_MARK.fullmatch(path.name) for path in self.path.iterdir()]
+        return max((int(mark[1]) for mark in marks if mark), default=None)
+
     def write_table(self, unit: int, table: pa.Table, metadata: Mapping[str, Any] | None = None) -> ShardRecord:
-        """Write a unit's rows as ``shards/00003.arrow`` and its record."""
+        """Write a unit's rows as ``shards/00003.arrow`` and its record, unless another process has done so."""
         path = self.path / "shards" / f"{unit:05d}.arrow"
-        return shard_files.write_table_shard(path, table, self._shard_metadata(unit, metadata))
+        done = self._prepare(path)
+        return done or shard_files.write_table_shard(path, table, self._shard_metadata(unit, metadata))
 
     def write_tensors(
         self, unit: int, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any] | None = None
     ) -> ShardRecord:
-        """Write a unit's tensors as ``shards/00003.safetensors`` and its record."""
+        """Write a unit's tensors as ``shards/00003.safetensors`` and its record, likewise."""
         path = self.path / "shards" / f"{unit:05d}.safetensors"
-        return shard_files.write_tensor_shard(path, tensors, self._shard_metadata(unit, metadata))
+        done = self._prepare(path)
+        return done or shard_files.write_tensor_shard(path, tensors, self._shard_metadata(unit, metadata))
+
+    def _prepare(self, path: Path) -> ShardRecord | None:
+        """Make sure that a shard may be written; its record, if another process wrote it in the meantime.
+
+        Raises:
+            WorkError: the folder was given to other work meanwhile.
+        """
+        self._check_still_ours()
+        done = shard_files.read_record(path)
+        if done is None:
+            # It speaks of a shard that has gone or was cut, and another one comes in its place.
+            (self.path / "manifest.json").unlink(missing_ok=True)
+        return done
+
+    def _check_still_ours(self) -> None:
+        # Started parts outlive an --overwrite or a folder that was removed: their shards would spoil the new work.
+        try:
+            differences = _differences(read_stage(self.path), self.stage)
+        except (ArtifactError, MissingInputError):
+            differences = {"stage.json": (None, None)}
+        if differences:
+            raise WorkError(
+                f"{self.path} was removed or begun anew by another command while this one was at work",
+                hint="give each config its own --out, and let all parts end before removing a folder",
+            )
 
     def _shard_metadata(self, unit: int, metadata: Mapping[str, Any] | None) -> dict[str, Any]:
         assert 0 <= unit < self.num_units, f"unit {unit} of {self.num_units}"
@@ -192,36 +234,44 @@ class StageFolder:
         return shard_files.read_table_shard(self.path / "shards" / f"{unit:05d}.arrow")
 
     def finish(self, extra: Mapping[str, Any] | None = None) -> bool:
-        """Write the manifest, if all units are there.
+        """Write the manifest, if all units are there; nothing where it is written already.
 
         Args:
-            extra: facts of the kind, JSON-able, the same from every part.
+            extra: facts of the kind that only the work brings, JSON-able, the same from every part.
 
         Returns:
             False: units of other parts are missing, and nothing was written.
         """
-        if self.missing_units():
-            return False
+        if self.complete:
+            return True
+        self._check_still_ours()
         records = shard_files.read_records(self.path / "shards")
-        # Every shard has its record, so nobody is writing one: what is left over belongs to no one.
+        self.missing = [unit for unit in range(self.num_units) if unit not in records]
+        if self.missing:
+            return False
+        # Every shard has its record, so nobody needs to write one: what is left over belongs to no one.
         shard_files.remove_partials(self.path / "shards")
+        for left_over in ("part-*", "stage.json.*"):
+            shard_files.remove_partials(self.path, left_over)
+        manifest = self._manifest([records[unit] for unit in range(self.num_units)], extra or {})
+        write_atomically(self.path / "manifest.json", canonical_json(manifest, indent=2))
+        self.complete = True
+        return True
+
+    def _manifest(self, records: Sequence[ShardRecord], extra: Mapping[str, Any]) -> dict[str, Any]:
         file_entries = {}
         for file in (self.path / name for name in self.stage["files"]):
             if file.exists():
                 file_entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-        ordered = [records[unit] for unit in range(self.num_units)]
-        manifest = {
+        return {
             "kind": self.stage["kind"],
             "format_version": self.stage["format_version"],
-            "num_rows": sum(record.rows for record in ordered),
-            "num_bytes": sum(record.bytes for record in ordered),
-            "shards": [record.to_dict() for record in ordered],
+            "num_rows": sum(record.rows for record in records),
+            "num_bytes": sum(record.bytes for record in records),
+            "shards": [record.to_dict() for record in records],
             "files": file_entries,
-            "extra": dict(extra or {}),
+            "extra": {**self.stage["extra"], **extra},
         }
-        write_atomically(self.path / "manifest.json", canonical_json(manifest, indent=2))
-        self.complete = True
-        return True
 
 
 def _describe_stage(
@@ -233,6 +283,7 @@ def _describe_stage(
     seed: int,
     num_units: int,
     files: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     stage = {
         "kind": kind,
@@ -242,10 +293,22 @@ def _describe_stage(
         "seed": seed,
         "num_units": num_units,
         "files": sorted(files),
+        "extra": dict(extra or {}),
         "versions": package_versions(),
     }
     # Through JSON and back, so that tuples and lists compare equal with what was read.
     return json.loads(canonical_json(stage))
+
+
+def _create_stage(path: Path, stage: Mapping[str, Any]) -> bool:
+    """Write ``stage.json`` unless it is there; whether this process was the one."""
+    if (path / "stage.json").exists():
+        return False
+    try:
+        write_atomically(path / "stage.json", canonical_json(stage, indent=2), exclusive=True)
+    except FileExistsError:  # another part was quicker
+        return False
+    return True
 
 
 def _refuse_output(path: Path, stage: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -270,8 +333,8 @@ def refuse_foreign_files(path: Path, marker: str) -> None:
         raise OutputInUseError(f"{path} is a file, and a folder is to be written", hint="give another --out")
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     names = [name for name in names if not name.endswith(PARTIAL_SUFFIX)]
-    # A process with another part may have written the marker since.
-    if names and not (path / marker).exists():
+    # A process with another part may have written the marker since it was looked for.
+    if names and marker not in names and not (path / marker).exists():
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
         raise OutputInUseError(
             f"{path} is not empty, and holds no work of this kind: {shown}", hint="give another --out"
@@ -279,13 +342,15 @@ def refuse_foreign_files(path: Path, marker: str) -> None:
 
 
 def _refuse_other_work(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    differences = differing_keys(
-        {key: there.get(key) for key in COMPARED_KEYS}, {key: here[key] for key in COMPARED_KEYS}
-    )
+    differences = _differences(there, here)
     if differences:
         raise OutputInUseError(
             f"{path} holds another config's work:\n{describe_differences(differences)}", hint=WAYS_OUT
         )
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return differing_keys({key: there.get(key) for key in COMPARED_KEYS}, {key: here[key] for key in COMPARED_KEYS})
 
 
 def remove_stage(path: Path) -> None:

@@ -6,6 +6,9 @@ the row of each sequence in the source that the manifest names. A sequence is so
 as many as the manifest's ``num_prompt_tokens``, then all response tokens. Layers stand in the order of
 ``layer_indices``; context layers, such as the final normed state, follow them. The shard's metadata names the
 responses: ``responses`` [S] of (problem_id, sample_index).
+
+In 8 bits (``int8.py``) ``latents`` is int8, and beside it lie ``latents_scale`` [N, J], ``latents_centre`` and
+``latents_unit`` [J, D]; what is read is float32.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ import torch
 from torch import Tensor
 
 from rlfr_cli.artifacts.fingerprint import ModelFingerprint
+from rlfr_cli.artifacts.int8 import INT8, Int8Latents, encode_int8, int8_bytes
 from rlfr_cli.artifacts.reading import ArtifactFolder
 from rlfr_cli.artifacts.shards import open_tensors, read_metadata
 from rlfr_cli.errors import ArtifactError
 from rlfr_cli.states import State, parse_state
 
 LATENT_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+SAFETENSORS_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", INT8: "I8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class LatentsInfo:
         num_blocks: decoder blocks of the model.
         hidden_size: D.
         num_prompt_tokens: prompt tokens kept before each response.
-        dtype: ``bfloat16``, ``float16`` or ``float32``.
+        dtype: ``bfloat16``, ``float16``, ``float32`` or ``int8``.
         model: fingerprint of the model that made them.
         source: fingerprint of the responses that it read.
     """
@@ -69,7 +74,9 @@ class LatentsInfo:
             ArtifactError: a fact is missing.
         """
         try:
-            values = {field.name: extra[field.name] for field in fields(cls)}
+            # Format version 1 began without context layers.
+            values = {field.name: extra[field.name] for field in fields(cls) if field.name != "context_layers"}
+            values["context_layers"] = extra.get("context_layers", ())
         except KeyError as error:
             raise ArtifactError(f"the manifest of the latents lacks {error}") from None
         values["layer_indices"] = tuple(values["layer_indices"])
@@ -78,14 +85,16 @@ class LatentsInfo:
         return cls(**values)
 
 
-def latents_bytes(num_tokens: int, num_layers: int, hidden_size: int, dtype: str | torch.dtype) -> int:
+def latents_bytes(num_tokens: int, num_layers: int, hidden_size: int, dtype: str, *, num_shards: int = 1) -> int:
     """Bytes that latents take on disk, token ids included."""
-    itemsize = (LATENT_DTYPES[dtype] if isinstance(dtype, str) else dtype).itemsize
-    return num_tokens * (num_layers * hidden_size * itemsize + torch.int32.itemsize)
+    ids = num_tokens * torch.int32.itemsize
+    if dtype == INT8:
+        return ids + int8_bytes(num_tokens, num_layers, hidden_size, num_shards)
+    return ids + num_tokens * num_layers * hidden_size * LATENT_DTYPES[dtype].itemsize
 
 
 def latents_shard(
-    latents_NJD: Tensor, token_ids_N: Tensor, sequence_offsets: Tensor, sequence_ids: Tensor
+    latents_NJD: Tensor, token_ids_N: Tensor, sequence_offsets: Tensor, sequence_ids: Tensor, *, int8: bool = False
 ) -> dict[str, Tensor]:
     """The tensors of a shard, checked, in the types that the format fixes.
 
@@ -94,6 +103,7 @@ def latents_shard(
         token_ids_N: [N].
         sequence_offsets: [S + 1]; sequence i is the tokens offsets[i] to offsets[i + 1] − 1.
         sequence_ids: [S].
+        int8: store the latents in 8 bits, in place of their own dtype.
     """
     num_tokens = len(token_ids_N)
     assert latents_NJD.ndim == 3, latents_NJD.shape
@@ -103,10 +113,20 @@ def latents_shard(
     assert sequence_offsets[[0, -1]].tolist() == [0, num_tokens], sequence_offsets
     assert bool((sequence_offsets.diff() >= 0).all()), sequence_offsets
     return {
-        "latents": latents_NJD,
+        **(_eight_bits(latents_NJD) if int8 else {"latents": latents_NJD}),
         "token_ids": token_ids_N.to(torch.int32),
         "sequence_offsets": sequence_offsets.to(torch.int64),
         "sequence_ids": sequence_ids.to(torch.int64),
+    }
+
+
+def _eight_bits(latents_NJD: Tensor) -> dict[str, Tensor]:
+    rounded = encode_int8(latents_NJD)
+    return {
+        "latents": rounded.q_NJD,
+        "latents_scale": rounded.scale_NJ,
+        "latents_centre": rounded.centre_JD,
+        "latents_unit": rounded.unit_JD,
     }
 
 
@@ -153,7 +173,10 @@ class LatentsFolder:
     def _check_shape(self, index: int) -> int:
         path = self.folder.tensor_shard(index, verify=False)
         with open_tensors(path) as tensors:
-            shape = tensors.get_slice("latents").get_shape()
+            latents = tensors.get_slice("latents")
+            shape, dtype = latents.get_shape(), latents.get_dtype()
+        if dtype != SAFETENSORS_DTYPES[self.info.dtype]:
+            raise ArtifactError(f"{path} holds latents in {dtype}, and the manifest speaks of {self.info.dtype}")
         if shape[1:] != [len(self.info.states), self.info.hidden_size]:
             raise ArtifactError(
                 f"{path} holds latents of shape {shape}, and the manifest speaks of {len(self.info.states)} "
@@ -197,10 +220,7 @@ class LatentsFolder:
 
     def read_shard(self, index: int, *, verify: bool = True) -> LatentsShard:
         """A whole shard; its digest is checked the first time, unless told not to."""
-        with open_tensors(self.folder.tensor_shard(index, verify=verify)) as tensors:
-            return LatentsShard(
-                *(tensors.get_tensor(name) for name in ("latents", "token_ids", "sequence_offsets", "sequence_ids"))
-            )
+        return self.read_sequences(index, 0, self.folder.shards[index].rows, verify=verify)
 
     def read_sequences(self, index: int, start: int, stop: int, *, verify: bool = True) -> LatentsShard:
         """Sequences ``start`` to ``stop`` − 1 of a shard, reading no others' latents from the disk.
@@ -211,11 +231,23 @@ class LatentsFolder:
             offsets = tensors.get_slice("sequence_offsets")[start : stop + 1]
             begin, end = int(offsets[0]), int(offsets[-1])
             return LatentsShard(
-                tensors.get_slice("latents")[begin:end],
+                self._read_latents(tensors, begin, end),
                 tensors.get_slice("token_ids")[begin:end],
                 offsets - begin,
                 tensors.get_slice("sequence_ids")[start:stop],
             )
+
+    def _read_latents(self, tensors: Any, begin: int, end: int) -> Tensor:
+        """Latents [N, J, D] of some tokens, float32 where they are stored in 8 bits."""
+        latents_NJD: Tensor = tensors.get_slice("latents")[begin:end]
+        if self.info.dtype != INT8:
+            return latents_NJD
+        return Int8Latents(
+            latents_NJD,
+            tensors.get_slice("latents_scale")[begin:end],
+            tensors.get_tensor("latents_centre"),
+            tensors.get_tensor("latents_unit"),
+        ).decode()
 
     def iter_shards(self, *, verify: bool = True) -> Iterator[LatentsShard]:
         """All shards in order, one in memory at a time."""

@@ -17,7 +17,8 @@ from rlfr_cli.artifacts.files import read_json, sha256_file
 from rlfr_cli.artifacts.shards import RUN_AGAIN_HINT, ShardRecord
 from rlfr_cli.errors import ArtifactError, MissingInputError
 
-FORMAT_VERSIONS = {"rollouts": 1, "latents": 1, "scores": 1, "diagnosis": 1, "eval": 1, "flow-fit": 1, "run": 1}
+FORMAT_VERSIONS = {"rollouts": 1, "latents": 2, "scores": 1, "diagnosis": 1, "eval": 1, "flow-fit": 1, "run": 1}
+OLDER_VERSIONS = {"latents": (1,)}  # that are still read: version 1 of latents has none in 8 bits
 STAGE_KEYS = ("kind", "format_version", "config", "inputs", "seed", "num_units", "versions", "files")
 
 
@@ -157,7 +158,7 @@ def check_format_version(file: Path, contents: Mapping[str, Any], kind: str) -> 
         ArtifactError: naming both versions.
     """
     found, known = contents.get("format_version"), FORMAT_VERSIONS[kind]
-    if found != known:
+    if found != known and found not in OLDER_VERSIONS.get(kind, ()):
         raise ArtifactError(
             f"{file} has format version {found}; this version of rlfr reads version {known} of {kind}",
             hint="read it with the version of rlfr named in its stage.json, or write it again",

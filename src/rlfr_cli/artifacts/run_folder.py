@@ -337,3 +337,12 @@ def remove_run(path: Path) -> None:
     for name in ("metrics.jsonl", "latest", "config.json"):
         (path / name).unlink(missing_ok=True)
     remove_empty_folders(path)
+
+
+def run_config_of(rollouts: Path) -> dict[str, Any] | None:
+    """``config.json`` of the run whose rollouts, or a step of them, lie at this path; None for others."""
+    for run in (rollouts.parent, rollouts.parent.parent):
+        if run / "rollouts" in (rollouts, rollouts.parent) and (run / "config.json").is_file():
+            config = read_json(run / "config.json")
+            return config if config.get("kind") == "run" else None
+    return None

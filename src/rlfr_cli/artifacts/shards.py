@@ -69,7 +69,7 @@ def write_table_shard(path: Path, table: pa.Table, metadata: Mapping[str, Any]) 
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
 
-    return _write_shard(path, write, rows=table.num_rows)
+    return _write_shard(path, write)
 
 
 def write_tensor_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> ShardRecord:
@@ -78,7 +78,7 @@ def write_tensor_shard(path: Path, tensors: Mapping[str, torch.Tensor], metadata
     def write(partial: Path) -> None:
         save_tensors(partial, tensors, metadata)
 
-    return _write_shard(path, write, rows=len(tensors["sequence_ids"]))
+    return _write_shard(path, write)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
@@ -87,37 +87,44 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
     save_file(dense, path, metadata={METADATA_KEY: canonical_json(dict(metadata)).decode()})
 
 
-def _write_shard(path: Path, write: Any, rows: int) -> ShardRecord:
-    record_path = path.with_name(f"{path.name}.json")
+def _write_shard(path: Path, write: Any) -> ShardRecord:
     # A record of an earlier shard must never stand beside the new one, were this process killed in between.
-    record_path.unlink(missing_ok=True)
+    _record_path(path).unlink(missing_ok=True)
     write_atomically(path, write)
-    record = ShardRecord(name=path.name, rows=rows, bytes=path.stat().st_size, sha256=sha256_file(path))
-    facts = {key: value for key, value in record.to_dict().items() if key != "name"}
-    write_atomically(record_path, canonical_json(facts, indent=2))
-    return record
+    while True:
+        measured = path.stat()
+        record = ShardRecord(name=path.name, rows=_count_rows(path), bytes=measured.st_size, sha256=sha256_file(path))
+        facts = {key: value for key, value in record.to_dict().items() if key != "name"}
+        write_atomically(_record_path(path), canonical_json(facts, indent=2))
+        # A part that was given up too early may still be at work: its shard of the same unit, with other tokens
+        # where the engine is vLLM, can take this one's place before the record is written, which then lies.
+        now = path.stat()
+        if (now.st_mtime_ns, now.st_size) == (measured.st_mtime_ns, measured.st_size):
+            return record
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def read_records(shards: Path) -> dict[int, ShardRecord]:
     """The shards of a folder that are done: those with a record that fits the file's size."""
-    records = {}
-    for path in sorted(shards.glob("*.json")):
-        if RECORD_NAME.fullmatch(path.name) is None:
-            continue
-        try:
-            facts = read_json(path)
-            record = ShardRecord(
-                name=path.name.removesuffix(".json"),
-                rows=int(facts["rows"]),
-                bytes=int(facts["bytes"]),
-                sha256=str(facts["sha256"]),
-            )
-            fits = (shards / record.name).stat().st_size == record.bytes
-        except (ArtifactError, KeyError, FileNotFoundError):  # as good as not done: the unit is done again
-            continue
-        if fits:
-            records[record.unit] = record
-    return records
+    names = sorted(path.name for path in shards.glob("*.json") if RECORD_NAME.fullmatch(path.name))
+    records = [read_record(shards / name.removesuffix(".json")) for name in names]
+    return {record.unit: record for record in records if record is not None}
+
+
+def read_record(path: Path) -> ShardRecord | None:
+    """The record of a shard that is done; None where there is none, or none that fits the file's size."""
+    try:
+        facts = read_json(_record_path(path))
+        record = ShardRecord(
+            name=path.name, rows=int(facts["rows"]), bytes=int(facts["bytes"]), sha256=str(facts["sha256"])
+        )
+        fits = path.stat().st_size == record.bytes
+    except (ArtifactError, KeyError, FileNotFoundError):  # as good as not done: the unit is done again
+        return None
+    return record if fits else None
 
 
 def check_shard(path: Path, record: ShardRecord) -> None:
@@ -199,7 +206,11 @@ def remove_shards(shards: Path) -> None:
     remove_partials(shards)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove the temporary folders that a killed process left."""
-    for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
+def remove_partials(folder: Path, names: str = "*") -> None:
+    """Remove the temporary folders that a killed process left.
+
+    Args:
+        names: pattern of what they are for.
+    """
+    for path in folder.glob(f".{names}{PARTIAL_SUFFIX}"):
         shutil.rmtree(path, ignore_errors=True)

@@ -13,6 +13,7 @@ from rlfr_cli.config.common import (
     SamplingConfig,
     check_part,
 )
+from rlfr_cli.config.engine import EngineConfig
 from rlfr_cli.config.fields import group, option
 from rlfr_cli.errors import ConfigError
 
@@ -24,6 +25,7 @@ class EvalConfig(CommonConfig):
     prompt: PromptConfig = group(PromptConfig)
     sampling: SamplingConfig = group(SamplingConfig)
     grading: GradingConfig = group(GradingConfig)
+    generation: EngineConfig = group(EngineConfig, panel="Generation engine")
     out: Path = option(Path("eval"), help="Folder for the results.", short="-o", path=True)
     num_samples: int = option(1, help="Responses drawn for each problem.", short="-n", minimum=1)
     k: tuple[int, ...] = option(

@@ -23,6 +23,7 @@ class StoreDtype(StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+    INT8 = "int8"  # in units of each channel, with a scale for each token
 
 
 @dataclass(frozen=True, kw_only=True)

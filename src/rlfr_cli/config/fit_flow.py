@@ -10,7 +10,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from rlfr_cli.config.common import CommonConfig, refuse_float16
-from rlfr_cli.config.extract_latents import ReadResponsesConfig
+from rlfr_cli.config.extract_latents import ReadResponsesConfig, StoreDtype
 from rlfr_cli.config.fields import ConfigGroup, group, leaf_options, option
 from rlfr_cli.config.flow import NetworkConfig
 from rlfr_cli.errors import ConfigError
@@ -110,6 +110,11 @@ class FitFlowConfig(ReadResponsesConfig):
             if self.model is None:
                 raise ConfigError(f"{names[0]} needs --model, the policy that reads the responses")
             self.check_layers()
+            if self.store is StoreDtype.INT8:
+                raise ConfigError(
+                    "--store int8 takes units from the channels of a whole shard, and on the fly there are no shards",
+                    hint="leave --store out, or write them with `rlfr extract-latents`",
+                )
         else:
             changed = [name for name in self._options_of_responses() if name not in NO_CHOICE_OF_LATENTS]
             if changed:

@@ -12,7 +12,7 @@ from pathlib import Path
 from rlfr_cli.config.fields import ConfigGroup, option
 from rlfr_cli.config.schedules import Schedule
 from rlfr_cli.errors import ConfigError
-from rlfr_cli.rl.choices import Aggregation, Estimator, KLEstimator, KLPlace, RatioLevel, UniformGroups
+from rlfr_cli.rl.choices import Aggregation, Correction, Estimator, KLEstimator, KLPlace, RatioLevel, UniformGroups
 
 
 class OnlineTimes(StrEnum):
@@ -174,3 +174,26 @@ class OnlineConfig(ConfigGroup):
         super().__post_init__()
         if self.online_steps == 0 and (self.buffer_responses or self.expert_latents is not None):
             raise ConfigError("--buffer-responses and --expert-latents feed the online update; --online-steps is 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorrectionConfig(ConfigGroup):
+    """The gap between the generation engine and the trainer; nothing of it applies to an engine that shares weights."""
+
+    correction: Correction = option(
+        Correction.TRUNCATE,
+        help="Importance sampling of tokens that the engine drew from a slightly other policy: weight their loss by "
+        "the truncated ratio, mask those whose ratio is too far from 1, or neither.",
+        flag="--engine-correction",
+    )
+    level: RatioLevel = option(
+        RatioLevel.TOKEN, help="Ratio of each token, or of the whole response.", flag="--engine-correction-level"
+    )
+    cap: float = option(2.0, help="Where ratios are cut.", flag="--engine-correction-cap", exclusive_minimum=1)
+    tolerance: float = option(
+        0.05,
+        help="Largest mean KL in nats between engine and trainer, on a few tokens after the weights went over and on "
+        "each rollout batch; beyond it the run stops, since the engine's weights are then stale or wrong.",
+        flag="--engine-tolerance",
+        exclusive_minimum=0,
+    )

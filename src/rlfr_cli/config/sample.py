@@ -13,6 +13,7 @@ from rlfr_cli.config.common import (
     SamplingConfig,
     check_part,
 )
+from rlfr_cli.config.engine import EngineConfig
 from rlfr_cli.config.fields import group, option
 from rlfr_cli.errors import ConfigError
 
@@ -24,6 +25,7 @@ class SampleConfig(CommonConfig):
     prompt: PromptConfig = group(PromptConfig)
     sampling: SamplingConfig = group(SamplingConfig)
     grading: GradingConfig = group(GradingConfig)
+    generation: EngineConfig = group(EngineConfig, panel="Generation engine")
     out: Path = option(Path("rollouts"), help="Folder for the rollouts.", short="-o", path=True)
     group_size: int = option(8, help="Responses drawn for each problem.", minimum=1)
     keep: tuple[str, ...] = option(

@@ -13,10 +13,11 @@ from rlfr_cli.config.common import (
     SamplingConfig,
     refuse_float16,
 )
+from rlfr_cli.config.engine import EngineConfig
 from rlfr_cli.config.extract_latents import DEFAULT_LAYER_FRACTIONS
 from rlfr_cli.config.fields import ConfigGroup, group, option
 from rlfr_cli.config.flow import FlowRewardConfig, NetworkConfig, Normalisation, ScoreSource
-from rlfr_cli.config.rl import OnlineConfig, OptimiserConfig, PolicyLossConfig, RolloutConfig
+from rlfr_cli.config.rl import CorrectionConfig, OnlineConfig, OptimiserConfig, PolicyLossConfig, RolloutConfig
 from rlfr_cli.config.schedules import Schedule
 from rlfr_cli.errors import ConfigError
 
@@ -81,6 +82,8 @@ class TrainRlConfig(CommonConfig):
     prompt: PromptConfig = group(PromptConfig)
     rollout: RolloutConfig = group(RolloutConfig, panel="Rollouts")
     sampling: SamplingConfig = group(SamplingConfig)
+    generation: EngineConfig = group(EngineConfig, panel="Generation engine")
+    correction: CorrectionConfig = group(CorrectionConfig, panel="Generation engine")
     grading: GradingConfig = group(GradingConfig)
     optimiser: OptimiserConfig = group(OptimiserConfig, panel="Optimiser")
     policy_loss: PolicyLossConfig = group(PolicyLossConfig, panel="Policy loss")

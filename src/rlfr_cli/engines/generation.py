@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from rlfr_cli.flow.noise import Key
+from rlfr_cli.policy.forward import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ class GenerationEngine(Protocol):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the trainer's weights. Engines that share the trainer's model have nothing to do."""
+        ...
+
+    def logprobs_of(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        """Log-probabilities [T] of given response tokens at temperature 1, float32."""
+        ...
+
+    def sleep(self) -> None:
+        """Give memory back until ``wake``, where the engine can."""
+        ...
+
+    def wake(self) -> None:
+        """Take memory again after ``sleep``."""
         ...
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from rlfr_cli.engines.generation import Generation, GenerationRequest, Sampling
 from rlfr_cli.flow.noise import Key, keyed_generator
 from rlfr_cli.policy.batching import pad_left, token_budget_batches
+from rlfr_cli.policy.forward import TokenSequence, response_logprobs
 from rlfr_cli.policy.loading import Policy
 
 
@@ -71,6 +72,18 @@ class HfEngine:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Nothing to do: the engine draws from the model that is trained."""
+
+    @torch.no_grad()
+    def logprobs_of(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
+        """Log-probabilities [T] of given response tokens at temperature 1, float32."""
+        packed_K, _ = response_logprobs(self.policy, sequences, 1.0)
+        return list(packed_K.split([len(sequence.response) for sequence in sequences]))
+
+    def sleep(self) -> None:
+        """Nothing to give back: the model is the trainer's."""
+
+    def wake(self) -> None:
+        """Nothing to take again."""
 
     def close(self) -> None:
         """Nothing to give back."""

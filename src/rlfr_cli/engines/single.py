@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from rlfr_cli.engines.adamw import NamedAdamW
-from rlfr_cli.engines.training import StepOutcome
+from rlfr_cli.engines.training import ENGINE_FILE, OPTIMISER_FILE, WEIGHTS_FILE, StepOutcome, T
 from rlfr_cli.policy.loading import Policy
 from rlfr_cli.policy.saving import save_model_folder
 
@@ -29,6 +31,8 @@ class SingleProcessEngine:
         betas, weight_decay, clip_norm: of AdamW.
         gradient_checkpointing: compute activations again in the backward pass.
     """
+
+    name = "single"
 
     def __init__(
         self,
@@ -49,10 +53,17 @@ class SingleProcessEngine:
             policy.model.named_parameters(), betas=betas, weight_decay=weight_decay, clip_norm=clip_norm
         )
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def run(self, work: Callable[[], T]) -> T:
+        """Do the work; one process needs nothing around it."""
+        return work()
+
+    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
         """Add the gradient of a part of the loss."""
         self._loss_is_finite &= math.isfinite(float(loss.detach()))
         loss.backward()
+
+    def idle_backward(self, *, last: bool = True) -> None:
+        """Nothing: there is no other rank to keep up with."""
 
     def step(self, learning_rate: float) -> StepOutcome:
         """Clip, step and forget the gradients; skip the step where anything is not finite."""
@@ -60,23 +71,32 @@ class SingleProcessEngine:
         self._loss_is_finite = True
         return outcome
 
+    def whole_policy(self) -> AbstractContextManager[None]:
+        """The policy is whole always."""
+        return nullcontext()
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter's name and float32 weights; a tied one comes once."""
+        for name, parameter in self.policy.model.named_parameters():
+            yield name, parameter.detach()
+
     def save(self, model_folder: Path, trainer_folder: Path) -> None:
         """Write the model as a Hugging Face folder, and the trainer's state."""
         save_model_folder(self.policy, model_folder, self.stored_dtype)
         trainer_folder.mkdir(parents=True, exist_ok=True)
         moments = {name: tensor.contiguous() for name, tensor in self.optimiser.state_tensors().items()}
-        save_file(moments, trainer_folder / "optimiser.safetensors")
+        save_file(moments, trainer_folder / OPTIMISER_FILE)
         if self.stored_dtype != torch.float32:
-            weights = {name: p.detach().contiguous() for name, p in self.policy.model.named_parameters()}
-            save_file(weights, trainer_folder / "weights.safetensors")
-        (trainer_folder / "engine.json").write_text(json.dumps({"engine": "single"}) + "\n", encoding="utf-8")
+            weights = {name: weight.contiguous() for name, weight in self.named_weights()}
+            save_file(weights, trainer_folder / WEIGHTS_FILE)
+        (trainer_folder / ENGINE_FILE).write_text(json.dumps({"engine": self.name}) + "\n", encoding="utf-8")
 
     def load(self, trainer_folder: Path) -> None:
         """Take weights and optimiser state of a checkpoint whose ``model/`` the policy was loaded from."""
-        weights = trainer_folder / "weights.safetensors"
+        weights = trainer_folder / WEIGHTS_FILE
         if weights.is_file():
             by_name = load_file(weights)
             with torch.no_grad():
                 for name, parameter in self.policy.model.named_parameters():
                     parameter.copy_(by_name[name])
-        self.optimiser.load_state_tensors(load_file(trainer_folder / "optimiser.safetensors"))
+        self.optimiser.load_state_tensors(load_file(trainer_folder / OPTIMISER_FILE))

@@ -6,6 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 
+class Drawing(list[str]):
+    """Lines of a picture in a summary: shown to people as they are, and left out of JSON."""
+
+
 def format_value(value: Any) -> str:
     """Write a value shortly: four significant digits, thousands apart, yes and no, a dash for nothing."""
     if value is None:
@@ -56,10 +60,12 @@ def text_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None 
 def summary_lines(summary: Mapping[str, Any]) -> list[str]:
     """Return a nested summary as aligned lines, keys joined by a slash; lists of dicts become tables."""
     flat = list(_flatten(summary, ""))
-    width = max((len(key) for key, value in flat if not _is_table(value)), default=0)
+    width = max((len(key) for key, value in flat if not (_is_table(value) or isinstance(value, Drawing))), default=0)
     lines: list[str] = []
     for key, value in flat:
-        if _is_table(value):
+        if isinstance(value, Drawing):
+            lines += ["", key, *("  " + line for line in value)]
+        elif _is_table(value):
             lines += ["", key, *("  " + line for line in text_table(value))]
         else:
             lines.append(f"{key.ljust(width)}  {format_value(value)}")

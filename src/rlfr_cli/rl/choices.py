@@ -49,3 +49,11 @@ class UniformGroups(StrEnum):
 
     KEEP = "keep"  # its outcome advantage is 0; token rewards still train it
     DROP = "drop"  # left out of the loss and of its mean
+
+
+class Correction(StrEnum):
+    """What is done about tokens that the generation engine drew from another distribution than the trainer's."""
+
+    TRUNCATE = "truncate"  # weight their loss by the ratio of trainer to engine, at most the cap
+    MASK = "mask"  # leave out what has a ratio above the cap or below 1 / cap; weight the rest by it
+    NONE = "none"

@@ -9,6 +9,7 @@ import torch
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.grading.rewards import is_accepted
 from rlfr_cli.grading.statistics import auc_with_interval
+from rlfr_cli.rl.correction import CorrectionOptions, gap_metrics
 from rlfr_cli.rl.measuring import Measurement
 
 Metrics = dict[str, float | int | None]
@@ -31,15 +32,16 @@ def rollout_metrics(rows: Sequence[RolloutRow], group_size: int) -> Metrics:
     }
 
 
-def measurement_metrics(rows: Sequence[RolloutRow], measured: Measurement) -> Metrics:
+def measurement_metrics(
+    rows: Sequence[RolloutRow], measured: Measurement, clip: tuple[float, float], correction: CorrectionOptions
+) -> Metrics:
     """Entropy, and the distance between the engine's and the trainer's log-probabilities of the same tokens."""
     logprobs_K = torch.cat(measured.logprobs)
     engine_K = torch.tensor([value for row in rows for value in row.response_logprobs or ()]).to(logprobs_K)
-    gap_K = engine_K - logprobs_K
+    offsets = torch.tensor([0, *map(len, measured.logprobs)], device=logprobs_K.device).cumsum(0)
     return {
         "policy/entropy": float(torch.cat(measured.entropies).mean()),
-        "engine/logprob_gap_max": float(gap_K.abs().max()),
-        "engine/kl_to_trainer": float((torch.exp(-gap_K) - 1 + gap_K).mean()),
+        **gap_metrics(logprobs_K, engine_K, offsets, clip, correction),
     }
 
 

@@ -16,6 +16,7 @@ from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.config.rl import PolicyLossConfig
 from rlfr_cli.rl.advantages import advantages, entropy_shaped
 from rlfr_cli.rl.choices import KLEstimator, KLPlace, UniformGroups
+from rlfr_cli.rl.correction import CorrectionOptions, correction_weights, importance_ratios
 from rlfr_cli.rl.measuring import Measurement, sequences_of
 from rlfr_cli.rl.policy_loss import kl_estimate
 from rlfr_cli.rl.updating import TrainingBatch
@@ -53,6 +54,7 @@ def build_training_batch(
     *,
     group_size: int,
     uniform: UniformGroups,
+    correction: CorrectionOptions | None,
     temperature: float,
     max_new_tokens: int,
 ) -> BuiltBatch:
@@ -60,6 +62,7 @@ def build_training_batch(
 
     Args:
         reference_logprobs: [T] of each response by the reference policy, or None.
+        correction: of the gap to the engine that drew the rows; None where it shares the trainer's weights.
         temperature: that of sampling.
         max_new_tokens: what the constant-length mean divides by.
     """
@@ -78,6 +81,7 @@ def build_training_batch(
         old_logprobs=[measured.logprobs[index] for index in kept],
         advantages=[all_advantages[index] for index in kept],
         reference_logprobs=[reference_logprobs[index] for index in kept] if reference_logprobs and in_loss else None,
+        corrections=None if correction is None else _corrections(rows, kept, measured, correction),
         in_loss=[not (config.mask_cut_off and rows[index].finish_reason == "length") for index in kept],
         temperature=temperature,
         max_new_tokens=max_new_tokens,
@@ -114,6 +118,19 @@ def _advantages(
             advantages_K, entropies_K, scale=config.entropy_advantage, cap=config.entropy_advantage_cap
         )
     return advantages_K.split(lengths)
+
+
+def _corrections(
+    rows: Sequence[RolloutRow], kept: Sequence[int], measured: Measurement, options: CorrectionOptions
+) -> list[torch.Tensor]:
+    """Weights [T] of the kept responses' losses by the ratio of trainer to engine."""
+    weights = []
+    for index in kept:
+        trainer_T = measured.logprobs[index]
+        engine_T = torch.tensor(rows[index].response_logprobs).to(trainer_T)
+        offsets = torch.tensor([0, len(trainer_T)], device=trainer_T.device)
+        weights.append(correction_weights(importance_ratios(trainer_T, engine_T, offsets, options.level), options))
+    return weights
 
 
 def _mean_kl(measured: Measurement, reference_logprobs: Sequence[torch.Tensor] | None) -> float | None:

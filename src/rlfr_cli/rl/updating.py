@@ -38,6 +38,7 @@ class TrainingBatch:
         old_logprobs: of the policy before the first step.
         advantages: of each token.
         reference_logprobs: of the reference policy where its KL is paid for in the loss, else None.
+        corrections: weights of each token's policy loss for the gap to the generation engine, or None for none.
         in_loss: False for a masked response: its tokens count nowhere, and it counts in the mean over responses.
         temperature: that of sampling; logits are divided by it.
         max_new_tokens: what the constant-length mean divides by.
@@ -47,6 +48,7 @@ class TrainingBatch:
     old_logprobs: list[torch.Tensor]
     advantages: list[torch.Tensor]
     reference_logprobs: list[torch.Tensor] | None
+    corrections: list[torch.Tensor] | None
     in_loss: list[bool]
     temperature: float
     max_new_tokens: int
@@ -173,11 +175,14 @@ def _micro_batch_loss(
     logprobs_K, entropies_K = response_logprobs(engine.policy, sequences, batch.temperature)
     offsets = torch.tensor([0, *(len(s.response) for s in sequences)], device=device).cumsum(0)
     weights_K = torch.cat([weight_of[index] for index in indices]).to(device)
+    corrected_K = weights_K
+    if batch.corrections is not None:
+        corrected_K = weights_K * torch.cat([batch.corrections[index] for index in indices])
     loss, part = policy_loss(
         logprobs_K,
         torch.cat([batch.old_logprobs[index] for index in indices]),
         torch.cat([batch.advantages[index] for index in indices]),
-        weights_K,
+        corrected_K,
         loss_options(config),
         offsets,
     )

@@ -173,14 +173,26 @@ def parse_part(part: str | None) -> tuple[int, int] | None:
 
 
 def open_output(
-    config: CommonConfig, kind: str, inputs: Mapping[str, Any], num_units: int, files: Sequence[str] = ()
+    config: CommonConfig,
+    kind: str,
+    inputs: Mapping[str, Any],
+    num_units: int,
+    *,
+    files: Sequence[str] = (),
+    extra: Mapping[str, Any] | None = None,
 ) -> StageFolder | None:
     """Open the output folder for the stage's work and say what was found there; None for a dry run.
+
+    Args:
+        files: names of the files that the stage itself writes there.
+        extra: facts for the manifest. They are kept in ``stage.json`` until then, so that another process can
+            write the manifest.
 
     Raises:
         OutputInUseError: it holds another config's work, or files of another origin.
     """
-    if config.overwrite and getattr(config, "part", None) is not None:
+    part = parse_part(getattr(config, "part", None))
+    if config.overwrite and part is not None:
         raise ConfigError(
             "--overwrite and --part exclude each other: a part would remove what the others wrote",
             hint=f"remove {config.out} once, then start the parts",
@@ -192,6 +204,7 @@ def open_output(
         "seed": config.seed,
         "num_units": num_units,
         "files": files,
+        "extra": extra,
     }
     if config.dry_run:
         StageFolder.check_for_writing(config.out, **facts, overwrite=config.overwrite)
@@ -199,10 +212,14 @@ def open_output(
     folder = StageFolder.open_for_writing(config.out, **facts, overwrite=config.overwrite)
     for difference in folder.version_differences:
         console.warn(f"{config.out} was begun with other versions: {difference}")
+    done = num_units - len(folder.missing_units())
     if folder.complete:
         console.log(f"{config.out} is complete already; nothing to do")
+    elif part is not None:
+        folder.mark_part(part)
+        to_do = len(folder.missing_units(part))
+        console.log(f"part {part[0]}/{part[1]}: {to_do} units to do; {done} of {num_units} in {config.out} are done")
     elif folder.continued:
-        done = num_units - len(folder.missing_units())
         console.log(f"{config.out} is unfinished; continuing after {done} of {num_units} units")
     return folder
 

@@ -18,6 +18,7 @@ from rlfr_cli import console
 from rlfr_cli.artifacts.files import read_json, write_atomically
 from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits, flow_fingerprint
 from rlfr_cli.artifacts.rollouts import RolloutsFolder
+from rlfr_cli.artifacts.run_folder import run_config_of
 from rlfr_cli.config.diagnose import DiagnoseConfig
 from rlfr_cli.errors import InputError, during_work
 from rlfr_cli.flow.diagnostics import num_top_channels, top_channel_share
@@ -37,12 +38,14 @@ from rlfr_cli.report.diagnosis_plots import PLOTS, draw_plots
 from rlfr_cli.report.diagnosis_statistics import draws_needed
 from rlfr_cli.report.diagnosis_words import conclude
 from rlfr_cli.report.scores import token_examples
+from rlfr_cli.report.tables import Drawing
+from rlfr_cli.report.text_plots import interval_lines, share_lines
 from rlfr_cli.stages.choosing_draws import chosen_on_rollouts
 from rlfr_cli.stages.common import ModelInput, open_model, open_output, stopping
 from rlfr_cli.stages.diagnosis_measuring import NUM_DRAWS, Measured, channel_statistics, measure, problem_halves
 from rlfr_cli.stages.flow_evaluation import velocity_rows, verdict
 from rlfr_cli.stages.flows import load_flow
-from rlfr_cli.stages.responses import Responses, check_prompts_hold, read_rollout_responses
+from rlfr_cli.stages.responses import Responses, check_prompts_hold, check_vocabulary, read_rollout_responses
 
 RESULTS = "diagnosis.json"
 PROBLEMS_AT_ONCE = 64
@@ -59,6 +62,7 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
     for warning in check_flow_fits(header, model=model.fingerprint):
         console.warn(warning)
     responses = read_rollout_responses(config.rollouts, PROBLEMS_AT_ONCE, limit=config.limit)
+    check_vocabulary(responses, model)
     check_prompts_hold(responses, flow.num_prompt)
     seen, judged = problem_halves(responses)
     if not judged:
@@ -97,9 +101,10 @@ def run(config: DiagnoseConfig) -> dict[str, Any]:
 
 
 def _temperature(config: DiagnoseConfig) -> float:
-    """That of the rollouts; a run's name none, and are of temperature 1 unless it was changed."""
-    stages = [folder.stage["config"] for folder in RolloutsFolder(config.rollouts).folders]
-    return float(stages[0].get("sampling", {}).get("temperature", 1.0))
+    """That of the rollouts, or of the run that they are of; 1 where neither names it."""
+    rollouts = RolloutsFolder(config.rollouts)
+    stage = run_config_of(rollouts.path) or rollouts.folders[0].stage
+    return float(stage["config"].get("sampling", {}).get("temperature", 1.0))
 
 
 def _settings(
@@ -212,19 +217,32 @@ def _mean(values: np.ndarray) -> float | None:
 
 
 def short_form(results: dict[str, Any]) -> dict[str, Any]:
-    """What is printed: the tables, the share of the Gaussian's error removed by timestep, and the words."""
-    shares: dict[float, dict[str, Any]] = {}
-    for row in results["velocity_error"]["rows"]:
-        at = shares.setdefault(row["timestep"], {"timestep": row["timestep"]})
-        at[f"block {row['layer']}"] = row["share_of_gaussian_removed"]
+    """What is printed: the tables, the same in pictures, and the words."""
+    velocity = results["velocity_error"]["rows"]
     found = results["first_wrong_token"]
     return {
         "graded": results["graded"],
         "wrong": results["wrong"],
-        "share_of_gaussian_error_removed": list(shares.values()),
+        "velocity_error": velocity,
+        "share_of_gaussian_error_removed": Drawing(
+            share_lines(
+                [(f"block {row['layer']}, t = {row['timestep']}", row["share_of_gaussian_removed"]) for row in velocity]
+            )
+        ),
         "separation_of_wrong_from_correct": results["separation"]["rows"],
+        "within_problems": Drawing(
+            interval_lines(
+                [
+                    (row["measure"], row["within_problems"], row["within_low"], row["within_high"])
+                    for row in results["separation"]["rows"]
+                ]
+            )
+        ),
         "first_wrong_tokens": {key: found[key] for key in ("wrong_responses", "located", "compared")},
         "separation_of_first_wrong_tokens": found["rows"],
+        "at_first_wrong_tokens": Drawing(
+            interval_lines([(row["measure"], row["auc"], row["low"], row["high"]) for row in found["rows"]])
+        ),
         "noise_agreement": results["noise_agreement"]["rows"],
         "draws_needed_for_0.95": results["noise_agreement"]["draws_needed"],
         "context_agreement": results["context_agreement"]["spearman"],

@@ -16,12 +16,11 @@ from rlfr_cli.artifacts.files import canonical_json, write_atomically
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.rollouts import RolloutRow, rollout_table, table_rows
 from rlfr_cli.config.evaluate import EvalConfig
-from rlfr_cli.engines.hf import HfEngine
+from rlfr_cli.engines.opening import choose_engine
 from rlfr_cli.errors import during_work
 from rlfr_cli.grading.answers import AnswerFallback, extract_answer
 from rlfr_cli.grading.rewards import is_accepted, load_reward
 from rlfr_cli.grading.statistics import majority_at_k, mean_with_interval, pass_at_k
-from rlfr_cli.policy.loading import load_policy
 from rlfr_cli.rl.rollouts import PromptedProblem, Responder
 from rlfr_cli.stages.common import (
     grading_pool,
@@ -65,7 +64,15 @@ def run(config: EvalConfig) -> dict[str, Any]:
             **problems.inputs(),
             **reward_inputs(config.grading, config.prompt),
         }
-        folder = open_output(config, "eval", inputs, len(units), files=[RESULTS])
+        prompts = [entry.prompt_token_ids for entry in problems.prompted]
+        engine = choose_engine(config.generation, config.sampling, model, prompts)
+        facts = {
+            "num_problems": len(problems.prompted),
+            "num_samples": config.num_samples,
+            "skipped_problems": problems.skipped,
+            "engine": engine.name,
+        }
+        folder = open_output(config, "eval", inputs, len(units), files=[RESULTS], extra=facts)
         if folder is None:
             responses = len(problems.prompted) * config.num_samples
             return {
@@ -78,20 +85,14 @@ def run(config: EvalConfig) -> dict[str, Any]:
             }
         missing = folder.missing_units(parse_part(config.part))
         if missing:
-            with during_work(), stopping(config.out):
-                policy = load_policy(model.folder, model.placement)
-                engine = HfEngine(policy, config.sampling.tokens_per_batch)
-                asked = [[problems.prompted[index] for index in units[unit]] for unit in missing]
-                with Responder(engine, pool, reward) as responder:
-                    _answer_units(config, folder, missing, asked, responder)
-        if folder.missing_units():
-            return {"out": str(config.out), "complete": False, "units_missing": len(folder.missing_units())}
-        rows = (row for unit in range(folder.num_units) for row in table_rows(folder.read_table(unit)))
-        results = summarise(rows, config.k or default_ks(config.num_samples), config.grading.answer_fallback)
-        results["skipped_problems"] = problems.skipped
-        if not folder.complete:
-            write_atomically(config.out / RESULTS, canonical_json(results, indent=2))
-            folder.finish({"num_problems": len(problems.prompted), "num_samples": config.num_samples})
+            engine.warn_of_other(folder.stage["extra"].get("engine"))
+            asked = [[problems.prompted[index] for index in units[unit]] for unit in missing]
+            with during_work(), stopping(config.out), Responder(engine.open(), pool, reward) as responder:
+                _answer_units(config, folder, missing, asked, responder)
+        missing = folder.missing_units()
+        if missing:
+            return {"out": str(config.out), "complete": False, "units_missing": len(missing)}
+        results = finish_folder(folder)
         shown = {key: value for key, value in results.items() if key != "by_problem"}
         return {"out": str(config.out), "complete": True, **shown}
 
@@ -114,6 +115,19 @@ def _answer_units(
                 on_finished=lambda responses, tokens: bar.advance(responses),
             )
             folder.write_table(unit, rollout_table(rows))
+
+
+def finish_folder(folder: StageFolder) -> dict[str, Any]:
+    """Make ``results.json`` of the rows of all parts, and complete the folder; needs neither model nor problems."""
+    config = folder.stage["config"]
+    rows = (row for unit in range(folder.num_units) for row in table_rows(folder.read_table(unit)))
+    ks = config["k"] or default_ks(config["num_samples"])
+    results = summarise(rows, ks, AnswerFallback(config["grading"]["answer_fallback"]))
+    results["skipped_problems"] = folder.stage["extra"]["skipped_problems"]
+    if not folder.complete:
+        write_atomically(folder.path / RESULTS, canonical_json(results, indent=2))
+        folder.finish()
+    return results
 
 
 def default_ks(num_samples: int) -> tuple[int, ...]:

@@ -14,21 +14,21 @@ import torch
 from rlfr_cli import console
 from rlfr_cli.artifacts.files import check_free_space
 from rlfr_cli.artifacts.folder import StageFolder
-from rlfr_cli.artifacts.latents import LATENT_DTYPES, LatentsInfo, latents_bytes, latents_shard
+from rlfr_cli.artifacts.latents import LatentsInfo, latents_bytes, latents_shard
 from rlfr_cli.artifacts.shards import read_records
 from rlfr_cli.config.extract_latents import ExtractLatentsConfig, StoreDtype
-from rlfr_cli.errors import WorkError, during_work
-from rlfr_cli.policy.batching import token_budget_batches
-from rlfr_cli.policy.forward import TokenSequence, decoder_latents
+from rlfr_cli.errors import during_work
+from rlfr_cli.policy.forward import TokenSequence
 from rlfr_cli.policy.loading import load_decoder
 from rlfr_cli.policy.tapping import Taps, tap, tapped_layers
 from rlfr_cli.stages.common import ModelInput, open_model, open_output, parse_part, stopping
+from rlfr_cli.stages.extraction import extracted_latents
 from rlfr_cli.stages.responses import (
     Responses,
     check_prompts_hold,
     check_vocabulary,
-    read_expert_responses,
-    read_rollout_responses,
+    open_responses,
+    response_inputs,
 )
 from rlfr_cli.states import State, blocks_needed, state_of_model, states_in_order
 
@@ -43,15 +43,22 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
     num_blocks = model.fingerprint.num_blocks
     layers = tapped_layers(num_blocks, config.layer_fraction, config.layer_index)
     tapped = states_in_order(layers, [state_of_model(name, num_blocks) for name in config.context_layer])
-    responses = _open_responses(config, model)
+    responses = open_responses(config, model, config.problems_per_shard)
     check_vocabulary(responses, model)
     check_prompts_hold(responses, config.max_shift)
     num_tokens = _kept_tokens(config, responses, responses.units)
-    bytes_per_token = latents_bytes(1, len(tapped), model.fingerprint.hidden_size, config.store)
-    bytes_to_write = bytes_per_token * _kept_tokens(config, responses, _units_to_write(config, responses))
+    hidden_size = model.fingerprint.hidden_size
+
+    def bytes_of(units: Sequence[range]) -> int:
+        kept = _kept_tokens(config, responses, units)
+        return latents_bytes(kept, len(tapped), hidden_size, config.store, num_shards=len(units))
+
+    bytes_to_write = bytes_of(_units_to_write(config, responses))
     check_free_space(config.out, bytes_to_write)
-    inputs = {"model": model.fingerprint.to_dict(), "responses": responses.fingerprint}
-    folder = open_output(config, "latents", inputs, len(responses.units))
+    inputs = response_inputs(config, model, responses)
+    facts = _info(config, model, responses, layers, tapped[len(layers) :]).to_extra()
+    extra = {**facts, "rms_norm_eps": model.rms_epsilon}
+    folder = open_output(config, "latents", inputs, len(responses.units), extra=extra)
     plan = {
         "out": str(config.out),
         "sequences": responses.num_rows,
@@ -60,8 +67,8 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
         "context_layers": list(tapped[len(layers) :]),
         "blocks_run": blocks_needed(tapped, num_blocks),
         "blocks_of_model": num_blocks,
-        "hidden_size": model.fingerprint.hidden_size,
-        "bytes": bytes_per_token * num_tokens,
+        "hidden_size": hidden_size,
+        "bytes": bytes_of(responses.units),
     }
     if folder is None:
         return {"dry_run": True, **plan}
@@ -72,18 +79,8 @@ def run(config: ExtractLatentsConfig) -> dict[str, Any]:
             decoder = load_decoder(model.folder, model.placement, tapped)
             with tap(decoder, tapped) as taps:
                 _extract_units(config, model, responses, folder, missing, decoder, taps)
-    if not folder.complete:
-        facts = _info(config, model, responses, layers, tapped[len(layers) :]).to_extra()
-        folder.finish({**facts, "rms_norm_eps": model.rms_epsilon})
-    return {**plan, "complete": folder.complete, "units_missing": len(folder.missing_units())}
-
-
-def _open_responses(config: ExtractLatentsConfig, model: ModelInput) -> Responses:
-    if config.rollouts is None:
-        return read_expert_responses(config, config.prompt, model)
-    return read_rollout_responses(
-        config.rollouts, config.problems_per_shard, limit=config.limit, max_tokens=config.max_tokens
-    )
+    folder.finish()
+    return {**plan, "complete": folder.complete, "units_missing": len(folder.missing)}
 
 
 def _kept_tokens(config: ExtractLatentsConfig, responses: Responses, units: Sequence[range]) -> int:
@@ -131,29 +128,25 @@ def _extract_units(
             rows = responses.units[unit]
             sequences = responses.sequences(rows)
             latents: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
-            for batch in token_budget_batches([len(s) for s in sequences], config.tokens_per_batch):
-                chosen = [sequences[index] for index in batch]
-                kept = decoder_latents(decoder, taps, chosen, config.max_shift, model.placement.device)
-                for index, latents_TJD in zip(batch, kept, strict=True):
-                    latents[index] = latents_TJD.to("cpu", LATENT_DTYPES[config.store])
-                bar.advance(len(batch))
-            packed = torch.cat(latents)
-            _check_finite(packed, config.store)
+            for index, latents_TJD in extracted_latents(
+                decoder,
+                taps,
+                sequences,
+                config.max_shift,
+                tokens_per_batch=config.tokens_per_batch,
+                store=config.store,
+                device=model.placement.device,
+            ):
+                latents[index] = latents_TJD.cpu()
+                bar.advance()
             tensors = latents_shard(
-                packed,
+                torch.cat(latents),
                 torch.tensor(_kept_token_ids(sequences, config.max_shift)),
                 torch.tensor([0, *map(len, latents)]).cumsum(0),
                 torch.arange(rows.start, rows.stop),
+                int8=config.store is StoreDtype.INT8,
             )
             folder.write_tensors(unit, tensors, {"responses": responses.names(rows)})
-
-
-def _check_finite(latents_NJD: torch.Tensor, store: StoreDtype) -> None:
-    if not bool(latents_NJD.isfinite().all()):
-        raise WorkError(
-            f"some latents are not finite numbers in {store}",
-            hint="hidden states may exceed float16, which ends at 65504: use --store bfloat16 and --dtype bfloat16",
-        )
 
 
 def _kept_token_ids(sequences: list[TokenSequence], num_prompt: int) -> list[int]:

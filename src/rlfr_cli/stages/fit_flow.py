@@ -1,9 +1,9 @@
 """`rlfr fit-flow`: a network learns the velocity field of latents by flow matching.
 
-Reads latents; writes ``flow.safetensors`` (the best by held-out loss) and, beside it, ``flow.fit/``: last flow,
-optimiser moments, metrics of every step, and the velocity error by timestep and layer beside its baselines.
-Sequences are read from the shards one optimiser step at a time, so memory does not grow with the data. The loss is
-in ``flow/matching.py``, what a flow has to beat in ``flow/baselines.py``.
+Reads latents, or a policy and responses whose latents are taken as they are needed; writes ``flow.safetensors`` (the
+best by held-out loss) and, beside it, ``flow.fit/``: last flow, optimiser moments, metrics of every step, and the
+velocity error by timestep and layer beside its baselines. Sequences are read one optimiser step at a time, so memory
+does not grow with the data. The loss is in ``flow/matching.py``, what a flow has to beat in ``flow/baselines.py``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from rlfr_cli.rl.schedule import learning_rate_at
 from rlfr_cli.stages.flow_evaluation import evaluate_velocity, verdict
 from rlfr_cli.stages.flows import load_flow, write_flow
 from rlfr_cli.stages.initial_flow import check_neighbours, initial_flow
-from rlfr_cli.stages.latent_sequences import LatentSequences
+from rlfr_cli.stages.latent_sequences import LatentSequences, LatentSource
+from rlfr_cli.stages.live_latents import open_live_latents
 
 EVALUATION = "evaluation.json"
 STATE = "state.safetensors"
@@ -61,10 +62,10 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
     Raises:
         RlfrError: anything wrong with config, inputs or output, before work starts.
     """
-    data = LatentSequences(config.latents, config.optimiser.max_sequence_tokens)
+    data = _open_data(config)
     training, heldout = data.split(config.holdout_fraction, config.max_holdout_sequences, config.seed)
     header, initial = initial_flow(config, data)
-    data = data.of_states(initial.tapped)
+    data = data.for_flow(initial)
     check_neighbours(header, data, training)
     total_steps = config.optimiser.steps
     if total_steps is None:
@@ -80,6 +81,7 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
         "layers": list(header.layer_indices),
         "context": header.contexts,
         "parameters": parameters,
+        **data.facts(),
     }
     if folder is None:
         return {"dry_run": True, **plan, "bytes": 4 * parameters}
@@ -91,11 +93,19 @@ def run(config: FitFlowConfig) -> dict[str, Any]:
     return {**plan, **_results(config)}
 
 
-def _open_output(config: FitFlowConfig, data: LatentSequences, initial: Flow) -> StageFolder | None:
+def _open_data(config: FitFlowConfig) -> LatentSource:
+    if not config.latents:
+        return open_live_latents(config)
+    if config.unused_options:
+        console.warn(f"LATENTS are read as they are: {', '.join(config.unused_options)} has no effect")
+    return LatentSequences(config.latents, config.optimiser.max_sequence_tokens)
+
+
+def _open_output(config: FitFlowConfig, data: LatentSource, initial: Flow) -> StageFolder | None:
     facts: dict[str, Any] = {
         "kind": "flow-fit",
         "config": to_table(config, for_artifact=True),
-        "inputs": {"latents": data.fingerprints, "model": data.info.model.to_dict()},
+        "inputs": dict(data.inputs),
         "seed": config.seed,
         "num_units": 0,
         "files": FILES,
@@ -143,7 +153,7 @@ class _Fit:
     def __init__(
         self,
         config: FitFlowConfig,
-        data: LatentSequences,
+        data: LatentSource,
         training: Sequence[int],
         heldout: Sequence[int],
         header: FlowHeader,
@@ -198,14 +208,32 @@ class _Fit:
         if path.is_file():
             stored = load_file(path)
             return LatentStatistics(stored["mean"], stored["std"]).to(self.flow.device)
-        accumulator = StatisticsAccumulator(len(self.flow.tapped), self.header.latent_size)
-        with console.progress("reading latents", total=len(self.training), unit="sequences") as bar:
-            for index in self.training:
-                accumulator.update(self.data.read(index)[self.data.info.num_prompt_tokens :])
-                bar.advance()
+        accumulator = StatisticsAccumulator(len(self.flow.tapped), self.header.latent_size, self.flow.device)
+        chosen = self._statistics_sequences()
+        with console.progress("reading latents", total=len(chosen), unit="sequences") as bar:
+            for start in range(0, len(chosen), self.config.optimiser.sequences_per_step):
+                for latents_TJD in self.data.read_many(
+                    chosen[start : start + self.config.optimiser.sequences_per_step]
+                ):
+                    accumulator.update(latents_TJD[self.data.info.num_prompt_tokens :])
+                    bar.advance()
         statistics = accumulator.finish()
         write_atomically(path, save({"mean": statistics.mean_JD, "std": statistics.std_JD}))
         return statistics.to(self.flow.device)
+
+    def _statistics_sequences(self) -> Sequence[int]:
+        """The training sequences, or as many in random order as hold ``--statistics-tokens``."""
+        wanted = self.config.statistics_tokens
+        if wanted is None:
+            return self.training
+        chosen, tokens = [], 0
+        generator = keyed_generator("cpu", self.config.seed, "statistics")
+        for place in torch.randperm(len(self.training), generator=generator).tolist():
+            if tokens >= wanted:
+                break
+            chosen.append(self.training[place])
+            tokens += self.data.response_tokens(chosen[-1])
+        return sorted(chosen)
 
     def _train_step(self) -> float:
         options = self.config.optimiser
@@ -243,7 +271,7 @@ class _Fit:
         return self.train_loss
 
     def _pair(self, sequences: Sequence[int]) -> Any:
-        latents = [self.data.read(index).to(self.flow.device) for index in sequences]
+        latents = [latents_TJD.to(self.flow.device) for latents_TJD in self.data.read_many(sequences)]
         return self.flow.pair(latents, self.data.info.num_prompt_tokens)
 
     @torch.no_grad()

@@ -17,7 +17,7 @@ from rlfr_cli.flow.flow import Flow
 from rlfr_cli.flow.matching import DEFAULT_TOKENS_PER_CHUNK, autocast, chunks
 from rlfr_cli.flow.normalisation import LatentStatistics
 from rlfr_cli.flow.pairing import PairedLatents
-from rlfr_cli.stages.latent_sequences import LatentSequences
+from rlfr_cli.stages.latent_sequences import LatentSource
 
 TIMESTEPS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 SEQUENCES_AT_ONCE = 16
@@ -28,7 +28,7 @@ MAX_SEQUENCES = 256
 def evaluate_velocity(
     flow: Flow,
     gaussian: LatentStatistics,
-    data: LatentSequences,
+    data: LatentSource,
     sequences: Sequence[int],
     seed: int,
     dtype: torch.dtype,
@@ -50,7 +50,7 @@ def evaluate_velocity(
     chosen = list(sequences[:MAX_SEQUENCES])
     for start in range(0, len(chosen), SEQUENCES_AT_ONCE):
         part = chosen[start : start + SEQUENCES_AT_ONCE]
-        pairs = flow.pair([data.read(index).to(flow.device) for index in part], data.info.num_prompt_tokens)
+        pairs = flow.pair([latents.to(flow.device) for latents in data.read_many(part)], data.info.num_prompt_tokens)
         add_velocity_errors(errors, flow, pairs, keyed_noise(seed, [f"judged {index}" for index in part], pairs), dtype)
     return velocity_rows(flow, errors)
 

@@ -43,6 +43,12 @@ def import_published(path: Path, header: FlowHeader, device: torch.device) -> tu
             f"{path} was fitted on latents of size {sizes.latent_size}; this model's have {header.latent_size}",
             hint="extract latents with the model that it was fitted on",
         )
+    if sizes.condition_size != header.condition_size:
+        raise MismatchError(
+            f"{path} takes conditions of size {sizes.condition_size}; this model's latents have "
+            f"{header.condition_size}",
+            hint="extract latents with the model that it was fitted on",
+        )
     header = replace(
         header,
         condition_size=sizes.condition_size,

@@ -18,7 +18,7 @@ from rlfr_cli.flow.flow import Flow
 from rlfr_cli.policy.loading import resolve_placement
 from rlfr_cli.stages.flows import load_flow, new_flow, new_header
 from rlfr_cli.stages.importing import import_published
-from rlfr_cli.stages.latent_sequences import LatentSequences
+from rlfr_cli.stages.latent_sequences import LatentSource
 
 # Options of a network, and where a flow's header has them.
 NETWORK_FACTS = {
@@ -32,7 +32,7 @@ NETWORK_FACTS = {
 }
 
 
-def initial_flow(config: FitFlowConfig, data: LatentSequences) -> tuple[FlowHeader, Flow]:
+def initial_flow(config: FitFlowConfig, data: LatentSource) -> tuple[FlowHeader, Flow]:
     """Header and flow that a fit starts from: new, a flow of ours, or a published one.
 
     Raises:
@@ -50,7 +50,10 @@ def initial_flow(config: FitFlowConfig, data: LatentSequences) -> tuple[FlowHead
     if config.init_from is None:
         return fresh, new_flow(fresh, config.seed, device)
     if config.init_from.suffix in (".bin", ".pt", ".pth"):
-        return import_published(config.init_from, fresh, device)
+        header, flow = import_published(config.init_from, fresh, device)
+        # Published flows were fitted on latents as they are; statistics put in afterwards would change what they see.
+        _check_options_agree(config, fresh, replace(header, normalisation="none"))
+        return header, flow
     header, flow = load_flow(config.init_from, device)
     _check_options_agree(config, fresh, header)
     for warning in check_flow_fits(header, model=data.info.model):
@@ -76,7 +79,7 @@ def _check_options_agree(config: FitFlowConfig, fresh: FlowHeader, header: FlowH
             )
 
 
-def check_neighbours(header: FlowHeader, data: LatentSequences, training: Sequence[int]) -> None:
+def check_neighbours(header: FlowHeader, data: LatentSource, training: Sequence[int]) -> None:
     """Refuse latents in which no response token has the neighbour that conditions it.
 
     Raises:

@@ -1,15 +1,16 @@
-"""Latents of one or several folders as one list of sequences, read one at a time.
+"""What a flow is fitted on: latents as one list of sequences, here those of one or several folders.
 
 Folders that are fitted together must come from the same model and layers; of their context layers, each must hold the
-one in use. Memory holds offsets, never latents.
+one in use. Memory holds offsets, never latents. ``live_latents.py`` has the other source of the same protocol.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 
@@ -17,8 +18,46 @@ from rlfr_cli import console
 from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits
 from rlfr_cli.artifacts.latents import LatentsFolder, LatentsInfo
 from rlfr_cli.errors import InputError, MismatchError
+from rlfr_cli.flow.flow import Flow
 from rlfr_cli.flow.noise import keyed_generator
 from rlfr_cli.states import State, state_text
+
+
+class LatentSource(Protocol):
+    """Sequences of latents that `fit-flow` reads by index.
+
+    Attributes:
+        info: what the manifest of these latents says, or would say.
+        rms_epsilon: that of the language model's norms.
+    """
+
+    info: LatentsInfo
+    rms_epsilon: float
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """Fingerprints, for ``stage.json``."""
+        ...
+
+    def for_flow(self, flow: Flow) -> LatentSource:
+        """The same sequences with the states that a flow reads."""
+        ...
+
+    def response_tokens(self, index: int) -> int:
+        """Response tokens of a sequence that are used."""
+        ...
+
+    def read_many(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """Latents [prompt tokens kept + T, J, D] of some sequences."""
+        ...
+
+    def split(self, holdout_fraction: float, max_holdout: int, seed: int) -> tuple[list[int], list[int]]:
+        """Indices for training and indices held out."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What the summary says of this source."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +116,21 @@ class LatentSequences:
         chosen.columns = [columns_of(folder, tapped) for folder in self.folders]
         return chosen
 
+    def for_flow(self, flow: Flow) -> LatentSequences:
+        """The same sequences with the states that a flow reads.
+
+        Raises:
+            MismatchError: a folder does not hold one of them.
+        """
+        return self.of_states(flow.tapped)
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {"latents": self.fingerprints, "model": self.info.model.to_dict()}
+
+    def facts(self) -> dict[str, Any]:
+        return {}
+
     def response_tokens(self, index: int) -> int:
         """Response tokens of a sequence that are used."""
         return min(self.places[index].length, self.max_tokens) - self.info.num_prompt_tokens
@@ -87,34 +141,47 @@ class LatentSequences:
         shard = self.folders[place.folder].read_sequences(place.shard, place.index, place.index + 1)
         return shard.latents_NJD[: self.max_tokens, self.columns[place.folder]]
 
+    def read_many(self, indices: Sequence[int]) -> list[torch.Tensor]:
+        """The same for some sequences."""
+        return [self.read(index) for index in indices]
+
     def split(self, holdout_fraction: float, max_holdout: int, seed: int) -> tuple[list[int], list[int]]:
-        """Indices for training and indices held out, both in order; the choice depends on the seed alone.
-
-        All sequences of a problem go to one side: the responses to one problem are too alike to judge each other by.
-        """
-        by_problem = list(self._by_problem().values())
-        wanted = min(max_holdout, round(holdout_fraction * len(self.places)))
-        held: list[int] = []
-        for number in torch.randperm(len(by_problem), generator=keyed_generator("cpu", seed, "held out")).tolist():
-            group = by_problem[number]
-            fits = len(held) + len(group) <= wanted
-            # Where every problem has more sequences than are wanted, one problem is held out all the same.
-            if fits or (wanted and not held and len(group) < len(self.places)):
-                held += group
-        return sorted(set(range(len(self.places))) - set(held)), sorted(held)
-
-    def _by_problem(self) -> dict[tuple[str, str], list[int]]:
-        """Indices of the sequences of each problem of each source."""
+        """Indices for training and indices held out; see ``split_by_problem``."""
         names = {
             (number, shard): folder.read_names(shard)
             for number, folder in enumerate(self.folders)
             for shard in range(folder.num_shards)
         }
-        groups: dict[tuple[str, str], list[int]] = {}
-        for index, place in enumerate(self.places):
-            problem_id, _ = names[place.folder, place.shard][place.index]
-            groups.setdefault((self.folders[place.folder].info.source, problem_id), []).append(index)
-        return groups
+        problems = [
+            (self.folders[place.folder].info.source, names[place.folder, place.shard][place.index][0])
+            for place in self.places
+        ]
+        return split_by_problem(problems, holdout_fraction, max_holdout, seed)
+
+
+def split_by_problem(
+    problems: Sequence[Hashable], holdout_fraction: float, max_holdout: int, seed: int
+) -> tuple[list[int], list[int]]:
+    """Indices for training and indices held out, both in order; the choice depends on the seed alone.
+
+    All sequences of a problem go to one side: the responses to one problem are too alike to judge each other by.
+
+    Args:
+        problems: the problem of each sequence.
+    """
+    by_problem: dict[Hashable, list[int]] = {}
+    for index, problem in enumerate(problems):
+        by_problem.setdefault(problem, []).append(index)
+    groups = list(by_problem.values())
+    wanted = min(max_holdout, round(holdout_fraction * len(problems)))
+    held: list[int] = []
+    for number in torch.randperm(len(groups), generator=keyed_generator("cpu", seed, "held out")).tolist():
+        group = groups[number]
+        fits = len(held) + len(group) <= wanted
+        # Where every problem has more sequences than are wanted, one problem is held out all the same.
+        if fits or (wanted and not held and len(group) < len(problems)):
+            held += group
+    return sorted(set(range(len(problems))) - set(held)), sorted(held)
 
 
 def check_latents_fit(header: FlowHeader, latents: LatentsFolder) -> None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlfr_cli import console
+from rlfr_cli.artifacts.fingerprint import file_fingerprint
 from rlfr_cli.artifacts.problems import read_problems
 from rlfr_cli.artifacts.rollouts import RolloutsFolder
-from rlfr_cli.config.common import PromptConfig
-from rlfr_cli.config.extract_latents import ExtractLatentsConfig
+from rlfr_cli.config.extract_latents import ReadResponsesConfig
 from rlfr_cli.errors import InputError
 from rlfr_cli.policy.forward import TokenSequence
 from rlfr_cli.policy.prompts import PromptRenderer, check_prompt_lengths, response_token_ids
@@ -94,7 +95,27 @@ def _problem_starts(problem_ids: Sequence[str]) -> list[int]:
     return [row for row, name in enumerate(problem_ids) if row == 0 or name != problem_ids[row - 1]]
 
 
-def read_expert_responses(config: ExtractLatentsConfig, prompt: PromptConfig, model: ModelInput) -> Responses:
+def open_responses(config: ReadResponsesConfig, model: ModelInput, problems_per_unit: int) -> Responses:
+    """The responses of ``--rollouts``, or expert responses of ``--data``.
+
+    Raises:
+        InputError: they cannot be used.
+    """
+    if config.rollouts is None:
+        return read_expert_responses(config, model, problems_per_unit)
+    return read_rollout_responses(config.rollouts, problems_per_unit, limit=config.limit, max_tokens=config.max_tokens)
+
+
+def response_inputs(config: ReadResponsesConfig, model: ModelInput, responses: Responses) -> dict[str, Any]:
+    """Fingerprints of the model, of the responses, and of the file of a prompt template."""
+    inputs = {"model": model.fingerprint.to_dict(), "responses": responses.fingerprint}
+    template = config.prompt.prompt_template
+    if config.data is not None and template is not None and template.startswith("@"):
+        inputs["prompt_template"] = file_fingerprint(template[1:])
+    return inputs
+
+
+def read_expert_responses(config: ReadResponsesConfig, model: ModelInput, problems_per_unit: int) -> Responses:
     """Tokenised expert responses of a problem file or of chat messages.
 
     Raises:
@@ -113,6 +134,7 @@ def read_expert_responses(config: ExtractLatentsConfig, prompt: PromptConfig, mo
     )
     if model.tokenizer.eos_token_id is None:
         raise InputError("the tokenizer has no end token, which an expert response is to end with")
+    prompt = config.prompt
     renderer = PromptRenderer(model.tokenizer, prompt.system_prompt, prompt.prompt_template)
     prompts, responses = [], []
     for problem in read.problems:
@@ -136,7 +158,7 @@ def read_expert_responses(config: ExtractLatentsConfig, prompt: PromptConfig, mo
             "response_token_ids": pa.array(responses, pa.list_(pa.int32())),
         }
     )
-    return Responses(table, units_of(len(names), config.problems_per_shard), read.fingerprint, config.max_tokens)
+    return Responses(table, units_of(len(names), problems_per_unit), read.fingerprint, config.max_tokens)
 
 
 def _with_system(messages: Sequence[dict[str, str]], system_prompt: str) -> list[dict[str, str]]:

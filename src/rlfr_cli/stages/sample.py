@@ -1,7 +1,8 @@
 """`rlfr sample`: a policy answers problems, and the responses are graded.
 
 Reads a model folder and a problem file; writes rollouts (Arrow shards, one a unit of ``--problems-per-shard``
-problems). A unit's random numbers are keyed by (seed, unit), so parts and stops change nothing with the hf engine.
+problems). A unit's random numbers are keyed by (seed, unit), so parts and stops change nothing with the hf engine;
+with vLLM the rows are the same and tokens may differ.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ from rlfr_cli import console
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.rollouts import RolloutRow, rollout_table
 from rlfr_cli.config.sample import SampleConfig
-from rlfr_cli.engines.hf import HfEngine
+from rlfr_cli.engines.opening import choose_engine
 from rlfr_cli.errors import ConfigError, during_work
 from rlfr_cli.flow.reference import ReferenceRules
 from rlfr_cli.grading.rewards import load_reward
-from rlfr_cli.policy.loading import load_policy
 from rlfr_cli.rl.rollouts import Responder
 from rlfr_cli.stages.common import (
     ModelInput,
@@ -88,18 +88,22 @@ def run(config: SampleConfig) -> dict[str, Any]:
             **reward_inputs(config.grading, config.prompt),
             **rule_inputs(config.keep),
         }
-        folder = open_output(config, "rollouts", inputs, len(units))
+        prompts = [entry.prompt_token_ids for entry in problems.prompted]
+        engine = choose_engine(config.generation, config.sampling, model, prompts)
+        facts = {
+            "num_problems": len(problems.prompted),
+            "skipped_problems": problems.skipped,
+            "engine": engine.name,
+        }
+        folder = open_output(config, "rollouts", inputs, len(units), extra=facts)
         if folder is None:
             return {"dry_run": True, **plan.describe()}
         missing = folder.missing_units(parse_part(config.part))
         if missing:
-            with during_work(), stopping(config.out):
-                policy = load_policy(model.folder, model.placement)
-                engine = HfEngine(policy, config.sampling.tokens_per_batch)
-                with Responder(engine, pool, reward) as responder:
-                    _sample_units(plan, folder, missing, responder)
-        if not folder.complete:
-            folder.finish({"num_problems": len(problems.prompted), "skipped_problems": problems.skipped})
+            engine.warn_of_other(folder.stage["extra"].get("engine"))
+            with during_work(), stopping(config.out), Responder(engine.open(), pool, reward) as responder:
+                _sample_units(plan, folder, missing, responder)
+        folder.finish()
         return _summary(plan, folder)
 
 
@@ -124,7 +128,7 @@ def keep_rows(rows: list[RolloutRow], rules: ReferenceRules) -> list[RolloutRow]
 
 
 def _summary(plan: _Plan, folder: StageFolder) -> dict[str, Any]:
-    missing = set(folder.missing_units())
+    missing = set(folder.missing)
     grades: Counter[str] = Counter()
     rows = correct = cut = tokens = 0
     reward = 0.0

@@ -69,7 +69,7 @@ def _score_rollouts(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict
         "model": model.fingerprint.to_dict(),
         "rollouts": responses.fingerprint,
     }
-    folder = open_output(config, "scores", inputs, len(responses.units))
+    folder = open_output(config, "scores", inputs, len(responses.units), extra=_extra(config, header))
     plan = {
         "out": str(config.out),
         "responses": responses.num_rows,
@@ -81,12 +81,10 @@ def _score_rollouts(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict
     if missing:
         with during_work(), stopping(config.out):
             _score_rollout_units(config, model, flow, responses, folder, missing)
-    if not folder.complete:
-        folder.finish(_extra(config, header))
-    if not folder.complete:
+    if not folder.finish():
         if config.html is not None:
             console.log(f"{config.html} is not written yet: it shows the scores of all parts")
-        return {**plan, "complete": False, "units_missing": len(folder.missing_units())}
+        return {**plan, "complete": False, "units_missing": len(folder.missing)}
     summary = ScoreSummary(config.seed, config.examples, model.tokenizer)
     tables = [folder.read_table(unit) for unit in range(len(responses.units))]
     for table, rows in zip(tables, responses.units, strict=True):
@@ -143,7 +141,7 @@ def _score_latents(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict[
     if config.flow_reward.draw_agreement > 0:
         config = replace(config, flow_reward=_chosen_on_latents(config, flow, latents, columns, placement))
     inputs = {"flow": flow_fingerprint(config.flow), "latents": latents.fingerprint}
-    folder = open_output(config, "scores", inputs, latents.num_shards)
+    folder = open_output(config, "scores", inputs, latents.num_shards, extra=_extra(config, header))
     plan = {"out": str(config.out), "responses": latents.num_sequences, "tokens": latents.num_tokens}
     if folder is None:
         return {"dry_run": True, **plan}
@@ -165,10 +163,8 @@ def _score_latents(config: ScoreConfig, header: FlowHeader, flow: Flow) -> dict[
                 )
                 folder.write_table(unit, score_table(scored, per_layer_timestep=config.per_layer))
                 bar.advance()
-    if not folder.complete:
-        folder.finish(_extra(config, header))
-    if not folder.complete:
-        return {**plan, "complete": False, "units_missing": len(folder.missing_units())}
+    if not folder.finish():
+        return {**plan, "complete": False, "units_missing": len(folder.missing)}
     tokenizer = None if config.model is None else open_model(config.model, config).tokenizer
     summary = ScoreSummary(config.seed, config.examples, tokenizer)
     for unit in range(latents.num_shards):

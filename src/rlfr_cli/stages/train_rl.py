@@ -24,10 +24,12 @@ from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits, flow_finge
 from rlfr_cli.artifacts.rollouts import rollout_table
 from rlfr_cli.artifacts.run_folder import RunFolder
 from rlfr_cli.config.common import ProblemsConfig
+from rlfr_cli.config.engine import EngineName, WeightTransfer
 from rlfr_cli.config.fields import to_table
 from rlfr_cli.config.flow import FlowRewardConfig
 from rlfr_cli.config.rl import OnlineConfig
 from rlfr_cli.config.train_rl import CoefficientConfig, TrainRlConfig
+from rlfr_cli.engines.opening import EngineChoice, choose_engine
 from rlfr_cli.errors import ConfigError, Stopped, during_work
 from rlfr_cli.flow.reference import ReferenceRules
 from rlfr_cli.grading.pool import GradingPool
@@ -59,6 +61,7 @@ class Plan:
     Attributes:
         header: of the flow, or None for plain RLVR.
         expert: latents of expert responses for the online update, if any.
+        engine: what draws the responses; chosen, not open.
         total_steps: rollout batches of the whole run.
     """
 
@@ -68,6 +71,7 @@ class Plan:
     heldout: PromptedProblems | None
     header: FlowHeader | None
     expert: LatentSequences | None
+    engine: EngineChoice
     rules: ReferenceRules
     reward: RewardFunction
     total_steps: int
@@ -196,7 +200,23 @@ def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
     total_steps = config.rollout.steps or math.ceil(
         config.rollout.episodes * len(problems.prompted) / config.rollout.prompts_per_step
     )
-    return Plan(config, model, problems, heldout, header, expert, rules, reward, total_steps, inputs)
+    engine = _engine(config, model, [problems] if heldout is None else [problems, heldout])
+    if config.generation.engine is EngineName.AUTO:
+        inputs["engine"] = str(engine.name)
+    return Plan(config, model, problems, heldout, header, expert, engine, rules, reward, total_steps, inputs)
+
+
+def _engine(config: TrainRlConfig, model: ModelInput, asked: Sequence[PromptedProblems]) -> EngineChoice:
+    """The generation engine, which on a GPU shares it with the trainer and sleeps while that works."""
+    on_gpu = model.placement.device.type == "cuda"
+    return choose_engine(
+        config.generation,
+        config.sampling,
+        model,
+        [entry.prompt_token_ids for problems in asked for entry in problems.prompted],
+        sleeps=on_gpu,
+        weight_transfer=WeightTransfer.IPC if on_gpu else WeightTransfer.FILE,
+    )
 
 
 def _warn_of_unused(config: TrainRlConfig) -> None:

@@ -21,7 +21,6 @@ from rlfr_cli.artifacts.files import canonical_json, read_json, write_atomically
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.artifacts.run_folder import RunFolder
 from rlfr_cli.engines.generation import Sampling
-from rlfr_cli.engines.hf import HfEngine
 from rlfr_cli.engines.single import SingleProcessEngine
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import is_accepted
@@ -29,7 +28,8 @@ from rlfr_cli.grading.statistics import mean_with_interval
 from rlfr_cli.ordering import shuffled_range
 from rlfr_cli.policy.forward import forward_batches
 from rlfr_cli.policy.loading import Policy, disable_dropout, load_policy, resolve_model_folder
-from rlfr_cli.rl.choices import UniformGroups
+from rlfr_cli.rl.choices import Correction, UniformGroups
+from rlfr_cli.rl.correction import CorrectionOptions
 from rlfr_cli.rl.measuring import Measurement, measure, sequences_of
 from rlfr_cli.rl.metrics import (
     Metrics,
@@ -44,6 +44,7 @@ from rlfr_cli.rl.schedule import learning_rate_at
 from rlfr_cli.rl.training_batch import BuiltBatch, build_training_batch
 from rlfr_cli.rl.updating import TrainingBatch, UpdateCounts, update_policy
 from rlfr_cli.stages.common import sampling_of
+from rlfr_cli.stages.generating import EngineOfRun
 from rlfr_cli.stages.online_flow import OnlineFlow, coefficient_at
 from rlfr_cli.stages.rules import facts_of
 
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from rlfr_cli.stages.train_rl import Plan
 
 STATE = "state.json"
+NO_CORRECTION = CorrectionOptions(correction=Correction.NONE)
 
 
 @dataclass
@@ -109,7 +111,14 @@ class Trainer:
             gradient_checkpointing=optimiser.gradient_checkpointing,
         )
         self.reference = self._reference_policy()
-        self.responder = Responder(HfEngine(self.policy, self.config.sampling.tokens_per_batch), pool, plan.reward)
+        self.generator = EngineOfRun(
+            plan.engine.open(self.policy),
+            self.policy,
+            self.config.correction,
+            [entry.prompt_token_ids for entry in plan.problems.prompted],
+            stale=checkpoint is not None,
+        )
+        self.responder = Responder(self.generator.engine, pool, plan.reward)
         self.counts, self.problems_drawn = UpdateCounts(), 0
         self.online = None if plan.header is None else OnlineFlow(plan, self.policy, checkpoint)
         if checkpoint is not None:
@@ -128,7 +137,8 @@ class Trainer:
     def step(self, step: int) -> StepResult:
         """One rollout batch: draw, measure, train the policy, train the flow."""
         started = time.perf_counter()
-        rows, rounds = self._draw(step)
+        with self.generator.ready():
+            rows, rounds = self._draw(step)
         drawn = time.perf_counter()
         weights = self._reference_weights(rows)
         coefficient = coefficient_at(self.config, step, self.plan.total_steps)
@@ -138,6 +148,9 @@ class Trainer:
         buffered = self.online.read_buffer() if self.online is not None else []
         built = self._build(rows, measured)
         scored = time.perf_counter()
+        gap = measurement_metrics(rows, measured, self._clip(), self.generator.correction or NO_CORRECTION)
+        self.generator.check_gap(gap["engine/kl_to_trainer"] or 0.0)
+        self.generator.changed(built.batch.sequences)
         policy_metrics = self._update_policy(step, built.batch)
         updated = time.perf_counter()
         flow_update = self.online.update(step, rows, measured, weights, buffered) if self.online is not None else {}
@@ -149,7 +162,7 @@ class Trainer:
             "rollout/responses": len(rows),
             "rollout/sampling_rounds": rounds,
             "rollout/trained_fraction": sum(built.batch.in_loss) / len(rows),
-            **measurement_metrics(rows, measured),
+            **gap,
             **advantage_metrics(built.advantages),
             **policy_metrics,
             **({} if built.kl_to_reference is None else {"policy/kl_to_reference": built.kl_to_reference}),
@@ -230,9 +243,14 @@ class Trainer:
             self.config.policy_loss,
             group_size=rollout.group_size,
             uniform=uniform,
+            correction=self.generator.correction,
             temperature=self.config.sampling.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
         )
+
+    def _clip(self) -> tuple[float, float]:
+        """Ratios that the loss does not clip."""
+        return 1 - self.config.policy_loss.clip_low, 1 + self.config.policy_loss.clip_high
 
     def _reference_logprobs(self, rows: list[RolloutRow]) -> list[torch.Tensor] | None:
         if self.reference is None:
@@ -293,12 +311,13 @@ class Trainer:
         assert self.plan.heldout is not None
         started = time.perf_counter()
         evaluation, sampling = self.config.evaluation, sampling_of(self.config.sampling)
-        rows = self.responder.respond(
-            self.plan.heldout.prompted,
-            evaluation.eval_samples,
-            Sampling(**{**asdict(sampling), "temperature": evaluation.eval_temperature}),
-            key=(self.config.seed, "evaluation", step),
-        )
+        with self.generator.ready():
+            rows = self.responder.respond(
+                self.plan.heldout.prompted,
+                evaluation.eval_samples,
+                Sampling(**{**asdict(sampling), "temperature": evaluation.eval_temperature}),
+                key=(self.config.seed, "evaluation", step),
+            )
         accepted = [is_accepted(row.grade, row.finish_reason) for row in rows]
         count = evaluation.eval_samples
         estimate = mean_with_interval([accepted[i : i + count] for i in range(0, len(accepted), count)])

@@ -1,0 +1,274 @@
+"""Training with DeepSpeed's ZeRO in stages 1 to 3: float32 weights and moments are shared out over the ranks.
+
+Weights compute in bfloat16 or float32; the weights that AdamW steps are float32 either way. DeepSpeed's own checkpoint
+files are not used: rank 0 writes the files of the single-process engine, parameter by parameter, so a run may go on
+with another number of processes, another stage or another engine. Written for DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+
+from rlfr_cli.engines import zero_state
+from rlfr_cli.engines.adamw import MOMENTS
+from rlfr_cli.engines.deepspeed_settings import Settings
+from rlfr_cli.engines.ranks import Ranks
+from rlfr_cli.engines.tensor_stream import TensorStream
+from rlfr_cli.engines.training import ENGINE_FILE, OPTIMISER_FILE, WEIGHTS_FILE, StepOutcome, T
+from rlfr_cli.engines.zero_hooks import StageThreeHooks
+from rlfr_cli.errors import MissingPackageError
+from rlfr_cli.policy.loading import Policy
+from rlfr_cli.policy.saving import save_model_folder
+
+
+class Root(nn.Module):
+    """The module that DeepSpeed is given: its forward runs whatever parts of the policy a caller wants.
+
+    Stage 3 prepares every pass by hooks on this module, and gathers each submodule's weights by hooks on that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], T]) -> tuple[T]:
+        return (work(),)  # hooks look for tensors in tuples; anything else may be in one too
+
+
+class DeepSpeedEngine:
+    """Trains the policy's own transformers model in all processes together.
+
+    A loss that is not finite on one rank is turned into gradients that are NaN, which the sum over ranks carries to
+    all; each stage of DeepSpeed then finds the global norm not finite and leaves weights and moments as they were. So
+    every rank skips the same step.
+
+    Args:
+        policy: loaded with float32 weights, or in the compute dtype, on any device; it is moved and changed in place.
+        ranks: the processes.
+        settings: of ``deepspeed_settings``.
+        stored_dtype: dtype of the checkpoints' ``model/``.
+        betas, weight_decay: of AdamW.
+        gradient_checkpointing: compute activations again in the backward pass.
+
+    Raises:
+        MissingPackageError: DeepSpeed is not installed.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        ranks: Ranks,
+        settings: Settings,
+        *,
+        stored_dtype: torch.dtype,
+        betas: tuple[float, float],
+        weight_decay: float,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        deepspeed = import_deepspeed(ranks)
+        self.policy, self.ranks, self.stored_dtype = policy, ranks, stored_dtype
+        self.stage: int = settings["zero_optimization"]["stage"]
+        model = policy.model
+        assert all(parameter.requires_grad for parameter in model.parameters()), "a policy is trained whole"
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        originals = self._originals(settings["bf16"]["enabled"])
+        # One parameter group, so one learning rate; fused needs no memory beside its own state.
+        self._adamw = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        self._engine, self._zero, *_ = deepspeed.initialize(model=Root(model), optimizer=self._adamw, config=settings)
+        policy.placement = replace(policy.placement, device=ranks.device)
+        self._hooks = StageThreeHooks(self._zero, model) if self.stage == 3 else None
+        self._has_gradients = False
+        for name, parameter in model.named_parameters():
+            if name in originals:
+                zero_state.set_weight(parameter, originals.pop(name))
+
+    def _originals(self, bfloat16: bool) -> dict[str, torch.Tensor]:
+        """Copies of weights that DeepSpeed is about to round, where bfloat16 does not hold them."""
+        if not bfloat16 or self.stored_dtype == torch.bfloat16:
+            return {}
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.policy.model.named_parameters()}
+
+    # A step
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Run a forward pass of parts of the policy inside the root module, and return what ``work`` returns."""
+        if self._hooks is not None:
+            self._hooks.hold_head()
+        result: tuple[T] = self._engine(work)
+        return result[0]
+
+    def backward(self, loss: torch.Tensor, *, last: bool = True) -> None:
+        """Add the gradient of a part of the loss, summed over ranks.
+
+        DeepSpeed averages over ranks, and the loss is a share of the mean over the batch of all ranks already: hence
+        the factor.
+        """
+        if not math.isfinite(float(loss.detach())):
+            loss = loss * torch.nan
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
+        self._has_gradients = True
+
+    def idle_backward(self, *, last: bool = True) -> None:
+        """Run one token through the policy and add a gradient of exactly 0: the other ranks' collectives need this."""
+        ids_BS = torch.zeros((1, 1), dtype=torch.int64, device=self.ranks.device)
+
+        def one_token() -> torch.Tensor:
+            with self.policy.placement.autocast():
+                hidden_BSD = self.policy.decoder(input_ids=ids_BS, use_cache=False).last_hidden_state
+                return self.policy.logits(hidden_BSD[0])
+
+        self.backward((self.run(one_token) * 0.0).sum(), last=last)
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        """Clip, step and forget the gradients; every rank skips a step that is not finite on any."""
+        if not self._has_gradients:
+            return StepOutcome(0.0, True)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        self._has_gradients = False
+        return StepOutcome(float(self._engine.get_global_grad_norm()), self._engine.was_step_applied())
+
+    # Weights
+
+    @contextmanager
+    def whole_policy(self) -> Iterator[None]:
+        """Inside, ``policy.model`` holds whole weights on every rank, and each may run it by itself."""
+        if self._hooks is None:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        self._hooks.let_go_of_head()
+        with GatheredParameters(list(self.policy.model.parameters())), self._hooks.removed():
+            yield
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each parameter's name and whole float32 weights, gathered one after the other; a tied one comes once."""
+        for name, parameter in self.policy.model.named_parameters():
+            yield name, zero_state.get_weight(parameter)
+
+    # Checkpoints
+
+    def save(self, model_folder: Path, trainer_folder: Path) -> None:
+        """Write the model as a Hugging Face folder, and the trainer's state, by rank 0.
+
+        Rank 0 holds the model once more in main memory, in the stored dtype; the rest goes through it parameter by
+        parameter.
+        """
+        if self.ranks.is_first:
+            trainer_folder.mkdir(parents=True, exist_ok=True)
+        self._save_weights(model_folder, trainer_folder)
+        self._save_moments(trainer_folder)
+        if self.ranks.is_first:
+            described = {"engine": "deepspeed", "zero_stage": self.stage, "processes": self.ranks.world_size}
+            (trainer_folder / ENGINE_FILE).write_text(json.dumps(described) + "\n", encoding="utf-8")
+        self.ranks.barrier()
+
+    def load(self, trainer_folder: Path) -> None:
+        """Take weights and optimiser state of a checkpoint whose ``model/`` the policy was loaded from."""
+        parameters = dict(self.policy.model.named_parameters())
+        if (trainer_folder / WEIGHTS_FILE).is_file():
+            with safe_open(trainer_folder / WEIGHTS_FILE, "pt") as weights:
+                for name, parameter in parameters.items():
+                    zero_state.set_weight(parameter, weights.get_tensor(name))
+            zero_state.refresh_weights(self._zero)
+        with safe_open(trainer_folder / OPTIMISER_FILE, "pt") as moments:
+            if not moments.keys():  # saved before the first step
+                return
+            steps = float(moments.get_tensor(f"step/{next(iter(parameters))}"))
+            zero_state.begin_moments(self._zero, self._adamw, steps)
+            for name, parameter in parameters.items():
+                for key in MOMENTS:
+                    zero_state.set_moment(parameter, key, moments.get_tensor(f"{key}/{name}"))
+
+    def _save_weights(self, model_folder: Path, trainer_folder: Path) -> None:
+        model = self.policy.model
+        shapes = {name: zero_state.shape_of(parameter) for name, parameter in model.named_parameters()}
+        keeps_float32 = self.ranks.is_first and self.stored_dtype != torch.float32
+        stream = TensorStream(trainer_folder / WEIGHTS_FILE, shapes) if keeps_float32 else None
+        stored: dict[int, torch.Tensor] = {}
+        for (name, weight), parameter in zip(self.named_weights(), model.parameters(), strict=True):
+            if self.ranks.is_first:
+                stored[id(parameter)] = weight.to("cpu", self.stored_dtype)
+            if stream is not None:
+                stream.write(name, weight)
+        if stream is not None:
+            stream.close()
+        if self.ranks.is_first:
+            entries = model.state_dict(keep_vars=True)
+            weights = {name: stored.get(id(entry), entry.detach()) for name, entry in entries.items()}
+            save_model_folder(replace(self.policy, model=_WholeModel(model, weights)), model_folder, self.stored_dtype)
+
+    def _save_moments(self, trainer_folder: Path) -> None:
+        steps = zero_state.steps_taken(self._zero, self._adamw)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name, parameter in self.policy.model.named_parameters() if steps is not None else ():
+            shapes[f"step/{name}"] = ()
+            shapes.update({f"{key}/{name}": zero_state.shape_of(parameter) for key in MOMENTS})
+        stream = TensorStream(trainer_folder / OPTIMISER_FILE, shapes) if self.ranks.is_first else None
+        for name, parameter in self.policy.model.named_parameters() if steps is not None else ():
+            if stream is not None:
+                stream.write(f"step/{name}", torch.tensor(steps))
+            for key in MOMENTS:
+                moment = zero_state.get_moment(parameter, key)
+                if stream is not None:
+                    stream.write(f"{key}/{name}", moment)
+        if stream is not None:
+            stream.close()
+
+
+class _WholeModel:
+    """Stands in for a model in ``save_model_folder``, with whole weights in place of this process's share."""
+
+    def __init__(self, model: Any, weights: dict[str, torch.Tensor]) -> None:
+        self._model, self._weights = model, weights
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._weights
+
+    def save_pretrained(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        self._model.save_pretrained(folder, state_dict=state_dict)
+
+
+def import_deepspeed(ranks: Ranks) -> Any:
+    """DeepSpeed, told which device it has, with a process group to work in.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    # DeepSpeed takes the first accelerator that it finds, and its index from LOCAL_RANK, which srun does not set.
+    os.environ["DS_ACCELERATOR"] = ranks.device.type
+    os.environ["LOCAL_RANK"] = str(ranks.device.index or 0)
+    try:
+        import deepspeed
+    except ImportError:  # an optional package
+        raise MissingPackageError(
+            "--zero-stage 1, 2 and 3, and training in several processes without --zero-stage 0, need the package "
+            "deepspeed",
+            hint="pip install 'rlfr-cli[deepspeed]'",
+        ) from None
+    # Collectives that DeepSpeed calls by their earlier names.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if ranks.device.type == "cpu":
+        # Told that it can compile nothing here: it would spend minutes on an all-reduce that training does not use.
+        deepspeed.ops.__compatible_ops__ = {}
+    if not dist.is_initialized():  # a single process, such as one that offloads
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return deepspeed
