@@ -6,7 +6,9 @@
 Reads float32 latents and flows of their layers; scores the same responses with the same noise from the latents as they
 are and from what each way of storing leaves of them. For each flow it prints a row a way: bytes of a token (ids and
 units of a shard left out), rank correlation of the scores within a response (mean and lowest), correlation of the
-deviations over all tokens, and how far a score moves. The first row, another noise draw, is the yardstick.
+deviations over all tokens, how far a score moves, and the largest error of a channel in its standard deviations. The first
+row, another noise draw, is the yardstick. ``--massive-share 0.005`` first makes two channels massive in that share of the
+tokens, as the tokens that some models use as attention sinks are; what is compared then are the other tokens.
 
 Shapes: N tokens of a shard, J tapped states, D hidden size.
 """
@@ -37,6 +39,7 @@ FLOAT8_MAX = 448.0
 BLOCK = 64
 SEQUENCES_AT_ONCE = 16
 SHORTEST = 5  # scored tokens of a response whose ranks are compared
+MASSIVE = {3: 3000.0, 5: -2000.0}  # by channel
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,14 @@ class Shard:
     latents_NJD: Tensor
     offsets: list[int]
     names: list[tuple[str, int]]
+    massive_N: Tensor
 
 
-def read_shards(latents: LatentsFolder, columns: Sequence[int], num_sequences: int) -> list[Shard]:
+def read_shards(
+    latents: LatentsFolder, columns: Sequence[int], num_sequences: int, massive_share: float
+) -> list[Shard]:
     """Whole shards, as their channels' units are of a shard, and of the last only as many responses as are scored."""
+    generator = torch.Generator().manual_seed(0)
     shards: list[Shard] = []
     for index in range(latents.num_shards):
         left = num_sequences - sum(len(shard.names) for shard in shards)
@@ -131,7 +138,11 @@ def read_shards(latents: LatentsFolder, columns: Sequence[int], num_sequences: i
             break
         shard = latents.read_shard(index)
         names = latents.read_names(index)[:left]
-        shards.append(Shard(shard.latents_NJD[:, columns].float(), shard.sequence_offsets.tolist(), names))
+        latents_NJD = shard.latents_NJD[:, columns].float()
+        massive_N = torch.rand(len(latents_NJD), generator=generator) < massive_share
+        for channel, value in MASSIVE.items():
+            latents_NJD[massive_N, :, channel] = value
+        shards.append(Shard(latents_NJD, shard.sequence_offsets.tolist(), names, massive_N))
     return shards
 
 
@@ -147,8 +158,12 @@ def scores(flow: Flow, shards: Sequence[Shard], num_prompt: int, store: Store, s
             pairs = flow.pair(sequences, num_prompt)
             keys = [response_key(*name) for name in shard.names[start:stop]]
             result = flow.deviations(pairs, keys, seed=seed, timesteps=(timestep,))
+            # Neither massive itself nor conditioned on a massive token.
+            massive_N = shard.massive_N[shard.offsets[start] : shard.offsets[stop]]
+            paired = torch.cat([pairs.paired.targets_M[None], pairs.paired.conditions_PM])
+            plain_M = ~massive_N[paired].any(dim=0)
             for row in range(stop - start):
-                own = pairs.paired.sequence_M == row
+                own = (pairs.paired.sequence_M == row) & plain_M
                 if int(own.sum()) >= SHORTEST:
                     found.append((result.score_M[own].double().numpy(), result.deviation_M[own].double().numpy()))
     return found
@@ -169,11 +184,21 @@ def agreement(reference: list[Any], other: list[Any]) -> dict[str, float]:
     }
 
 
+def largest_channel_error(shards: Sequence[Shard], store: Store) -> float:
+    """Root mean square error of the worst channel, in its standard deviations."""
+    worst = 0.0
+    for shard in shards:
+        plain = shard.latents_NJD[~shard.massive_N]
+        error = store.restore(shard.latents_NJD)[~shard.massive_N] - plain
+        worst = max(worst, float((error.square().mean(0).sqrt() / plain.std(0)).max()))
+    return worst
+
+
 def compare(latents: LatentsFolder, path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """One row a way of storing, for one flow."""
     header, flow = load_flow(path, torch.device("cpu"))
     check_latents_fit(header, latents)
-    shards = read_shards(latents, columns_of(latents, flow.tapped), options.sequences)
+    shards = read_shards(latents, columns_of(latents, flow.tapped), options.sequences, options.massive_share)
     num_prompt, size = latents.info.num_prompt_tokens, latents.info.hidden_size
 
     def of(store: Store, seed: int) -> list[Any]:
@@ -184,7 +209,8 @@ def compare(latents: LatentsFolder, path: Path, options: argparse.Namespace) -> 
     rows[0] |= agreement(reference, of(STORES[0], 1))
     for store in STORES[1:]:
         num_bytes = round(store.state_bytes(size) * len(flow.tapped))
-        rows.append({"store": store.name, "bytes": num_bytes, **agreement(reference, of(store, 0))})
+        error = {"channel_error": largest_channel_error(shards, store)}
+        rows.append({"store": store.name, "bytes": num_bytes, **agreement(reference, of(store, 0)), **error})
     return rows
 
 
@@ -195,6 +221,7 @@ def main() -> None:
     parser.add_argument("--flow", required=True, action="append", type=Path, help="a flow of their layers; repeat it")
     parser.add_argument("--sequences", default=64, type=int, help="responses that are scored")
     parser.add_argument("--timestep", default=0.8, type=float, help="time at which the deviation is measured")
+    parser.add_argument("--massive-share", default=0.0, type=float, help="share of the tokens that are made massive")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args()
     latents = LatentsFolder(options.latents)

@@ -43,9 +43,7 @@ class PeerWatch:
         if rank == 0:
             both = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both else socket.AF_INET
-            with socket.create_server(
-                ("", 0), family=family, backlog=world_size, dualstack_ipv6=both
-            ) as server:
+            with socket.create_server(("", 0), family=family, backlog=world_size, dualstack_ipv6=both) as server:
                 token = secrets.token_bytes(TOKEN_BYTES)
                 broadcast((server.getsockname()[1], token))
                 while len(self._connections) < world_size - 1:

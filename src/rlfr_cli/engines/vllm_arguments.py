@@ -140,7 +140,7 @@ def _refuse_own(key: str, value: Any, own: Mapping[str, Any]) -> None:
     if key in own:
         option = OPTIONS.get(key)
         raise ConfigError(
-            f"--engine-arg {key}={value}: rlfr sets {key}={own[key]} itself",
+            f"--engine-arg {key}={value}: rlfr sets {key} itself, here to {own[key] or 'the default of vLLM'}",
             hint=f"use {option}" if option else "leave it out",
         )
 

@@ -147,15 +147,20 @@ def sampling(
     """Generation with transformers: prompts are read once each, then all rows grow to their full length."""
     positions = rows * (prompt + response)
     casts = numbers.compute * (model.num_blocks * model.block_matrices + model.embedding) if numbers.casts else 0
-    common = {"casts": casts, "kv_cache": positions * cache_bytes(model, numbers.weight)}
+    cache = cache_bytes(model, numbers.weight)
+    full = {"casts": casts, "kv_cache": positions * cache}
     repeated = 2 * numbers.weight + (2 * numbers.compute if numbers.casts else 0)
-    growing = {"activations": positions * model.query_size * repeated, "logits": 20 * rows * model.vocab_size}
     begun = {
         "casts": casts,
-        "kv_cache": (rows + distinct_prompts) * prompt * cache_bytes(model, numbers.weight),
+        "kv_cache": distinct_prompts * prompt * cache,
         "activations": distinct_prompts * prompt * passing_bytes(model, numbers),
     }
-    return largest("generate", add(common, growing), add(begun))
+    return largest(
+        "generate",
+        add(begun),
+        add(full, {"activations": positions * model.query_size * repeated}),
+        add(full, {"logits": 20 * rows * model.vocab_size}),
+    )
 
 
 def cache_bytes(model: ModelSizes, itemsize: float) -> float:
