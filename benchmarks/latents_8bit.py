@@ -6,9 +6,9 @@
 Reads float32 latents and flows of their layers; scores the same responses with the same noise from the latents as they
 are and from what each way of storing leaves of them. For each flow it prints a row a way: bytes of a token (ids and
 units of a shard left out), rank correlation of the scores within a response (mean and lowest), correlation of the
-deviations over all tokens, how far a score moves, and the largest error of a channel in its standard deviations. The first
-row, another noise draw, is the yardstick. ``--massive-share 0.005`` first makes two channels massive in that share of the
-tokens, as the tokens that some models use as attention sinks are; what is compared then are the other tokens.
+deviations over all tokens, how far a score moves, and the error of the worst channel in its standard deviations.
+The first row, another noise draw, is the yardstick. ``--massive-share 0.005`` first makes two channels massive in that
+share of the tokens, as in tokens that some models use as attention sinks; then the other tokens are compared.
 
 Shapes: N tokens of a shard, J tapped states, D hidden size.
 """

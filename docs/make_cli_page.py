@@ -60,7 +60,9 @@ def make_page() -> str:
 
 
 def _stage_section(name: str, command: Command) -> str:
-    arguments = [f"{leaf.name}..." for leaf in command.options if leaf.info.positional]
+    arguments = [
+        f"{leaf.name}..." if leaf.required else f"[{leaf.name}]..." for leaf in command.options if leaf.info.positional
+    ]
     lines = [
         f"## rlfr {name}",
         "",

@@ -100,7 +100,10 @@ def _add_stage(name: str, command: Command) -> None:
             flags = {leaf.path: given[key] for key, leaf in leaves.items() if given[key] is not None}
             config = resolve(command.config, command=name, flags=flags, recipe=given["config"], preset=given["preset"])
             config = _share_out(config)
-            summary = importlib.import_module(command.stage).run(config)
+            whole = {"recipe": given["config"], "preset": given["preset"]} if command.reads_recipe else {}
+            summary = importlib.import_module(command.stage).run(config, **whole)
+            if not summary:
+                return  # one of several processes, whose first one speaks for all
             if given["json"]:
                 console.emit_json({key: value for key, value in summary.items() if not isinstance(value, Drawing)})
             else:

@@ -31,6 +31,11 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+def is_quiet() -> bool:
+    """Whether `set_quiet` was asked for."""
+    return _quiet
+
+
 def log(text: str) -> None:
     """Say something to the person at the terminal."""
     if not _quiet:

@@ -1,6 +1,8 @@
-"""What each process of ``test_deepspeed.py`` runs: a list of tasks, whose results rank 0 leaves in files.
+"""What each process of the tests of many processes runs: a list of tasks, whose results rank 0 leaves in files.
 
     torchrun --nproc-per-node 2 deepspeed_script.py TASKS.json OUT
+
+A task is the keyword arguments of ``Task``. Without a launcher it runs in one process.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ import json
 import os
 import signal
 import sys
-import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +34,50 @@ from tiny_policies import CPU, CPU_BF16, random_sequences
 
 SEQUENCES = random_sequences([(4, 9), (7, 3), (3, 12), (5, 5), (6, 7), (2, 1)])
 NUM_TOKENS = sum(len(sequence.response) for sequence in SEQUENCES)
-RATE = 1e-3
+# Where a response's share begins, for each rank of so many; in step 2 the first rank has all responses.
+STARTS = {1: [0, 6], 2: [0, 4, 6], 4: [0, 3, 4, 5, 6]}
 OPTIMISER = OptimiserConfig(weight_decay=0.01, clip_norm=0.5)
-Step = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One engine's life; steps are numbered from 1.
+
+    Attributes:
+        name: of the result's files.
+        model: folder of the policy.
+        engine: of ``TrainingEngineConfig``.
+        load: a trainer folder to go on from.
+        steps: first and last.
+        save: a folder for ``model/`` and ``trainer/``.
+        spoil: nan or inf, for the last rank's loss in a step before the others.
+        whole_policy: run the plain model, each rank a number of times of its own, and then one more step.
+        chunk_elements: of ``policy/logprobs.py``.
+        dies: a rank that is killed after its steps.
+    """
+
+    name: str
+    model: str
+    engine: dict[str, Any] = field(default_factory=dict)
+    load: str | None = None
+    steps: tuple[int, int] = (1, 3)
+    rate: float = 1e-3
+    save: str | None = None
+    bfloat16: bool = False
+    stored: str = "float32"
+    spoil: str | None = None
+    whole_policy: bool = False
+    checkpointing: bool = False
+    chunk_elements: int = 2**26
+    dies: int | None = None
 
 
 def share(step: int, rank: int, world_size: int) -> list[int]:
-    """Responses of a rank at a step: in the second step the first rank has them all, else they are dealt unevenly."""
-    if step == 1:
+    """Responses of a rank at a step."""
+    if step == 2:
         return list(range(len(SEQUENCES))) if rank == 0 else []
-    ends = [0, *(len(SEQUENCES) - 2 * (world_size - 1 - place) for place in range(world_size))]
-    if world_size > 3:
-        ends = [0, 3, 4, 5, 6]
-    return list(range(ends[rank], ends[rank + 1]))
+    starts = STARTS[world_size]
+    return list(range(starts[rank], starts[rank + 1]))
 
 
 def part_of_loss(engine: TrainingEngine, responses: list[int]) -> Tensor:
@@ -53,11 +87,16 @@ def part_of_loss(engine: TrainingEngine, responses: list[int]) -> Tensor:
     return (-logprobs + 0.1 * entropies).sum() / NUM_TOKENS
 
 
-def train(engine: TrainingEngine, ranks: Ranks, steps: range, rate: float = RATE, spoil: str = "") -> list[Step]:
-    """Steps on the fixed batch, two responses a micro-batch; ``spoil`` makes the last rank's first loss bad."""
-    engine.policy.model.train()
+def train(
+    engine: TrainingEngine, ranks: Ranks, steps: tuple[int, int], rate: float = 1e-3, spoil: str | None = None
+) -> list[dict[str, Any]]:
+    """Steps on the fixed batch, two responses a micro-batch, each after a pass without gradients."""
     done = []
-    for step in steps:
+    for step in range(steps[0], steps[1] + 1):
+        engine.policy.model.eval()
+        with torch.no_grad():
+            part_of_loss(engine, [0, 1])
+        engine.policy.model.train()
         mine = share(step, ranks.rank, ranks.world_size)
         parts = [mine[start : start + 2] for start in range(0, len(mine), 2)]
         count = int(ranks.max(len(parts)))
@@ -68,7 +107,7 @@ def train(engine: TrainingEngine, ranks: Ranks, steps: range, rate: float = RATE
                 engine.idle_backward(last=last)
                 continue
             loss = part_of_loss(engine, parts[number])
-            if number == 0 and ranks.rank == ranks.world_size - 1 and spoil:
+            if spoil is not None and number == 0 and ranks.rank == ranks.world_size - 1:
                 loss = loss * torch.nan if spoil == "nan" else loss + torch.inf
             engine.backward(loss, last=last)
             total += float(loss.detach())
@@ -78,8 +117,8 @@ def train(engine: TrainingEngine, ranks: Ranks, steps: range, rate: float = RATE
     return done
 
 
-def logits_of_whole_policy(engine: TrainingEngine, times: int) -> Tensor:
-    """Logits of a short prompt, from so many forward passes of the plain model."""
+def logits_of_plain_model(engine: TrainingEngine, times: int = 1) -> Tensor:
+    """Logits of a short prompt, from so many forward passes of the model by itself."""
     ids = torch.tensor([SEQUENCES[0].prompt])
     with torch.no_grad():
         for _ in range(times):
@@ -87,64 +126,61 @@ def logits_of_whole_policy(engine: TrainingEngine, times: int) -> Tensor:
     return logits
 
 
-def run_task(task: dict[str, Any], ranks: Ranks, out: Path) -> None:
-    """Open an engine and do what the task says, in the order of its keys."""
-    placement = CPU_BF16 if task.get("bfloat16") else CPU
-    policy = load_policy(Path(task["model"]), placement, weights_dtype=torch.float32)
-    engine = open_training_engine(
-        policy,
-        ranks,
-        TrainingEngineConfig(**task.get("engine", {})),
-        OPTIMISER,
-        stored_dtype=getattr(torch, task.get("stored", "float32")),
-        gradient_checkpointing=task.get("checkpointing", False),
-    )
-    found: dict[str, Any] = {}
-    rlfr_cli.policy.logprobs.CHUNK_ELEMENTS = task.get("chunk_elements", 2**26)
-    if "load" in task:
-        engine.load(Path(task["load"]))
-    before = weights_of(engine)
-    if "spoil" in task:
-        found["spoiled"] = train(engine, ranks, range(1), spoil=task["spoil"])
-        assert all(torch.equal(weight, before[name]) for name, weight in weights_of(engine).items())
-    first, last = task.get("steps", (0, 0))
-    found["steps"] = train(engine, ranks, range(first, last), task.get("rate", RATE))
-    save_result(weights_of(engine), ranks, out / f"{task['name']}.safetensors")
-    if "save" in task:
-        engine.save(Path(task["save"]) / "model", Path(task["save"]) / "trainer")
-    if "whole" in task:
-        with engine.whole_policy():
-            logits = logits_of_whole_policy(engine, 1 + 2 * ranks.rank)
-        gathered = ranks.gather(logits)
-        if gathered is not None:
-            save_file({str(rank): one for rank, one in enumerate(gathered)}, out / f"{task['name']}.logits")
-        found["after"] = train(engine, ranks, range(last, last + 1))
-        save_result(weights_of(engine), ranks, out / f"{task['name']}.after.safetensors")
-    if ranks.is_first:
-        (out / f"{task['name']}.json").write_text(json.dumps(found))
-    if "die" in task and ranks.rank == task["die"]:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if "die" in task:
-        train(engine, ranks, range(3))
-
-
 def weights_of(engine: TrainingEngine) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in engine.named_weights()}
 
 
-def save_result(weights: dict[str, Tensor], ranks: Ranks, path: Path) -> None:
+def run_task(task: Task, ranks: Ranks, out: Path) -> None:
+    """Open an engine, do what the task says, and leave ``NAME.json`` and ``NAME….safetensors``."""
+    placement = CPU_BF16 if task.bfloat16 else CPU
+    engine = open_training_engine(
+        load_policy(Path(task.model), placement, weights_dtype=torch.float32),
+        ranks,
+        TrainingEngineConfig(**task.engine),
+        replace(OPTIMISER, gradient_checkpointing=task.checkpointing),
+        stored_dtype=getattr(torch, task.stored),
+    )
+    rlfr_cli.policy.logprobs.CHUNK_ELEMENTS = task.chunk_elements
+
+    def keep(tensors: Mapping[str, Tensor], suffix: str) -> None:
+        if ranks.is_first:
+            save_file(dict(tensors), out / f"{task.name}{suffix}.safetensors")
+
+    if task.load is not None:
+        engine.load(Path(task.load))
+    found: dict[str, Any] = {}
+    keep(weights_of(engine), ".before")
+    if task.spoil is not None:
+        found["spoiled"] = train(engine, ranks, (1, 1), spoil=task.spoil)
+        keep(weights_of(engine), ".spoiled")
+    found["steps"] = train(engine, ranks, task.steps, task.rate)
+    keep(weights_of(engine), "")
+    if task.save is not None:
+        engine.save(Path(task.save) / "model", Path(task.save) / "trainer")
+    if task.whole_policy:
+        with engine.whole_policy():
+            gathered = ranks.gather(logits_of_plain_model(engine, 1 + 2 * ranks.rank))
+        keep({str(rank): logits for rank, logits in enumerate(gathered or [])}, ".logits")
+        found["after"] = train(engine, ranks, (task.steps[1] + 1, task.steps[1] + 1), task.rate)
+        keep(weights_of(engine), ".after")
     if ranks.is_first:
-        save_file(weights, path)
+        found["parameter_dtypes"] = sorted({str(p.dtype) for p in engine.policy.model.parameters()})
+        (out / f"{task.name}.json").write_text(json.dumps(found))
+    if task.dies is not None:
+        if task.dies == ranks.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        train(engine, ranks, (1, 100))
 
 
-def main() -> None:
-    tasks, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+def write_tasks(path: Path, tasks: list[Task]) -> None:
+    path.write_text(json.dumps([asdict(task) for task in tasks]))
+
+
+def main(tasks: Path, out: Path) -> None:
     with open_ranks(torch.device("cpu")) as ranks:
-        for task in tasks:
-            started = time.perf_counter()
-            run_task(task, ranks, out)
-            print(f"{task['name']}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
+        for values in json.loads(tasks.read_text()):
+            run_task(Task(**values), ranks, out)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -23,6 +23,7 @@ from rlfr_cli.stages.latent_sequences import LatentSequences
 from rlfr_cli.stages.live_latents import open_live_latents
 from stages.tiny_stages import TinyArtifacts, bytes_of, extract_config, fit_config, interrupt_after
 
+SHORT = {"steps": 6}
 CHANNEL = NetworkConfig(width=24, depth=1, normalisation=Normalisation.CHANNEL)
 
 
@@ -83,14 +84,14 @@ def test_bfloat16_rounds_on_the_fly_as_it_would_have_on_disk(tiny: TinyArtifacts
 @pytest.mark.parametrize(
     ("options", "extracted", "fitted"),
     [
-        ({"max_tokens": 9, "limit": 10}, {}, {}),
-        ({}, {"max_shift": 2}, {"network": NetworkConfig(width=24, depth=1, shift=2)}),
+        ({"max_tokens": 9, "limit": 10}, {}, {"optimiser": SHORT}),
+        ({}, {"max_shift": 2}, {"network": NetworkConfig(width=24, depth=1, shift=2), "optimiser": SHORT}),
         (
             {},
             {"context_layer": ("final-norm",)},
-            {"network": NetworkConfig(width=24, depth=1, context_layer="final-norm")},
+            {"network": NetworkConfig(width=24, depth=1, context_layer="final-norm"), "optimiser": SHORT},
         ),
-        ({}, {}, {"optimiser": {"max_sequence_tokens": 8, "steps": 8}}),
+        ({}, {}, {"optimiser": {"max_sequence_tokens": 8, **SHORT}}),
     ],
     ids=["responses cut", "shift", "context layer", "sequences cut"],
 )

@@ -14,6 +14,7 @@ from rlfr_cli.config.evaluate import EvalConfig
 from rlfr_cli.config.extract_latents import ExtractLatentsConfig
 from rlfr_cli.config.fields import LeafOption, StageConfig, leaf_options
 from rlfr_cli.config.fit_flow import FitFlowConfig
+from rlfr_cli.config.plan import PlanConfig
 from rlfr_cli.config.sample import SampleConfig
 from rlfr_cli.config.score import ScoreConfig
 from rlfr_cli.config.train_rl import TrainRlConfig
@@ -21,11 +22,15 @@ from rlfr_cli.config.train_rl import TrainRlConfig
 
 @dataclass(frozen=True)
 class Command:
-    """One stage command; `stage` is a module with `run(config) -> dict`."""
+    """One stage command; `stage` is a module with `run(config) -> dict`.
+
+    With `reads_recipe`, `run` takes `recipe` and `preset` too: the command looks at other commands' options.
+    """
 
     config: type[StageConfig]
     stage: str
     help: str
+    reads_recipe: bool = False
 
     @property
     def options(self) -> list[LeafOption]:
@@ -34,6 +39,12 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
+    "plan": Command(
+        PlanConfig,
+        "rlfr_cli.stages.plan",
+        "Estimate what a recipe would take of GPU memory, disk and hours, and which option would make it fit.",
+        reads_recipe=True,
+    ),
     "sample": Command(
         SampleConfig,
         "rlfr_cli.stages.sample",

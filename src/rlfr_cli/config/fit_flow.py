@@ -104,7 +104,8 @@ class FitFlowConfig(ReadResponsesConfig):
         if len(names) != 1:
             raise ConfigError(
                 f"exactly one of {', '.join(given)} must be given, got {' and '.join(names) or 'none'}",
-                hint="name folders of latents, or --model with --rollouts or --data to take latents on the fly",
+                hint="name folders of latents, or --model with --rollouts or --data to take latents on the fly; what a "
+                "recipe's [common] holds counts too",
             )
         if not self.latents:
             if self.model is None:

@@ -23,6 +23,7 @@ PUBLISHED_SHAPING = {
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
+        "plan": {"response_tokens": 1024},
         "sample": {"group_size": 8, "sampling": PUBLISHED_SAMPLING, "grading": {"reward": "published"}},
         "extract-latents": {"layer_fraction": PUBLISHED_LAYERS, "max_shift": 1},
         "fit-flow": {

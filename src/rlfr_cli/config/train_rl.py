@@ -19,6 +19,7 @@ from rlfr_cli.config.fields import ConfigGroup, group, option
 from rlfr_cli.config.flow import FlowRewardConfig, NetworkConfig, Normalisation, ScoreSource
 from rlfr_cli.config.rl import CorrectionConfig, OnlineConfig, OptimiserConfig, PolicyLossConfig, RolloutConfig
 from rlfr_cli.config.schedules import Schedule
+from rlfr_cli.config.training_engine import TrainingEngineConfig
 from rlfr_cli.errors import ConfigError
 
 
@@ -86,6 +87,7 @@ class TrainRlConfig(CommonConfig):
     correction: CorrectionConfig = group(CorrectionConfig, panel="Generation engine")
     grading: GradingConfig = group(GradingConfig)
     optimiser: OptimiserConfig = group(OptimiserConfig, panel="Optimiser")
+    training: TrainingEngineConfig = group(TrainingEngineConfig, panel="Training engine")
     policy_loss: PolicyLossConfig = group(PolicyLossConfig, panel="Policy loss")
     flow_reward: FlowRewardConfig = group(FlowRewardConfig, panel="Flow reward")
     coefficient: CoefficientConfig = group(CoefficientConfig, panel="Flow reward")

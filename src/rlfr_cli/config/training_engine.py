@@ -17,8 +17,8 @@ class TrainingEngineConfig(ConfigGroup):
 
     zero_stage: int | None = option(
         None,
-        help="What the training processes share out: 0 nothing, 1 optimiser state and float32 weights, 2 gradients too, "
-        "3 the weights too. 1 to 3 need DeepSpeed. By default 2, and nothing in one process.",
+        help="What the training processes share out: 0 nothing; 1 optimiser state and float32 weights; 2 gradients "
+        "too; 3 the weights too. 1 to 3 need DeepSpeed. The default is 2, and 0 in one process.",
         minimum=0,
         maximum=3,
         path=True,

@@ -7,28 +7,28 @@ with another number of processes, another stage or another engine. Written for D
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import nn
 
-from rlfr_cli.engines import zero_state
-from rlfr_cli.engines.adamw import MOMENTS
 from rlfr_cli.engines.deepspeed_settings import Settings
 from rlfr_cli.engines.ranks import Ranks
-from rlfr_cli.engines.tensor_stream import TensorStream
-from rlfr_cli.engines.training import ENGINE_FILE, OPTIMISER_FILE, WEIGHTS_FILE, StepOutcome, T
+from rlfr_cli.engines.training import ENGINE_FILE, StepOutcome, T
+from rlfr_cli.engines.zero_checkpoints import WholeModel, load_moments, load_weights, save_moments, save_weights
 from rlfr_cli.engines.zero_hooks import StageThreeHooks
+from rlfr_cli.engines.zero_state import get_weight, set_weight
 from rlfr_cli.errors import MissingPackageError
 from rlfr_cli.policy.loading import Policy
 from rlfr_cli.policy.saving import save_model_folder
@@ -82,25 +82,27 @@ class DeepSpeedEngine:
         self.policy, self.ranks, self.stored_dtype = policy, ranks, stored_dtype
         self.stage: int = settings["zero_optimization"]["stage"]
         model = policy.model
-        assert all(parameter.requires_grad for parameter in model.parameters()), "a policy is trained whole"
+        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+        assert all(parameter.requires_grad for parameter in self._parameters.values()), "a policy is trained whole"
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         originals = self._originals(settings["bf16"]["enabled"])
         # One parameter group, so one learning rate; fused needs no memory beside its own state.
         self._adamw = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
-        self._engine, self._zero, *_ = deepspeed.initialize(model=Root(model), optimizer=self._adamw, config=settings)
+        with redirect_stdout(io.StringIO()):  # reports of memory that cannot be turned off
+            root = Root(model)
+            self._engine, self._zero, *_ = deepspeed.initialize(model=root, optimizer=self._adamw, config=settings)
         policy.placement = replace(policy.placement, device=ranks.device)
         self._hooks = StageThreeHooks(self._zero, model) if self.stage == 3 else None
         self._has_gradients = False
-        for name, parameter in model.named_parameters():
-            if name in originals:
-                zero_state.set_weight(parameter, originals.pop(name))
+        for name, original in originals.items():
+            set_weight(self._parameters[name], original)
 
     def _originals(self, bfloat16: bool) -> dict[str, torch.Tensor]:
         """Copies of weights that DeepSpeed is about to round, where bfloat16 does not hold them."""
         if not bfloat16 or self.stored_dtype == torch.bfloat16:
             return {}
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.policy.model.named_parameters()}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
 
     # A step
 
@@ -155,13 +157,13 @@ class DeepSpeedEngine:
         from deepspeed.runtime.zero import GatheredParameters
 
         self._hooks.let_go_of_head()
-        with GatheredParameters(list(self.policy.model.parameters())), self._hooks.removed():
+        with GatheredParameters(list(self._parameters.values())), self._hooks.removed():
             yield
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter's name and whole float32 weights, gathered one after the other; a tied one comes once."""
-        for name, parameter in self.policy.model.named_parameters():
-            yield name, zero_state.get_weight(parameter)
+        for name, parameter in self._parameters.items():
+            yield name, get_weight(parameter)
 
     # Checkpoints
 
@@ -173,77 +175,20 @@ class DeepSpeedEngine:
         """
         if self.ranks.is_first:
             trainer_folder.mkdir(parents=True, exist_ok=True)
-        self._save_weights(model_folder, trainer_folder)
-        self._save_moments(trainer_folder)
+        weights = save_weights(self._parameters, trainer_folder, self.stored_dtype, writes=self.ranks.is_first)
+        save_moments(self._parameters, trainer_folder, self._zero, self._adamw, writes=self.ranks.is_first)
         if self.ranks.is_first:
+            save_model_folder(
+                replace(self.policy, model=WholeModel(self.policy.model, weights)), model_folder, self.stored_dtype
+            )
             described = {"engine": "deepspeed", "zero_stage": self.stage, "processes": self.ranks.world_size}
             (trainer_folder / ENGINE_FILE).write_text(json.dumps(described) + "\n", encoding="utf-8")
         self.ranks.barrier()
 
     def load(self, trainer_folder: Path) -> None:
         """Take weights and optimiser state of a checkpoint whose ``model/`` the policy was loaded from."""
-        parameters = dict(self.policy.model.named_parameters())
-        if (trainer_folder / WEIGHTS_FILE).is_file():
-            with safe_open(trainer_folder / WEIGHTS_FILE, "pt") as weights:
-                for name, parameter in parameters.items():
-                    zero_state.set_weight(parameter, weights.get_tensor(name))
-            zero_state.refresh_weights(self._zero)
-        with safe_open(trainer_folder / OPTIMISER_FILE, "pt") as moments:
-            if not moments.keys():  # saved before the first step
-                return
-            steps = float(moments.get_tensor(f"step/{next(iter(parameters))}"))
-            zero_state.begin_moments(self._zero, self._adamw, steps)
-            for name, parameter in parameters.items():
-                for key in MOMENTS:
-                    zero_state.set_moment(parameter, key, moments.get_tensor(f"{key}/{name}"))
-
-    def _save_weights(self, model_folder: Path, trainer_folder: Path) -> None:
-        model = self.policy.model
-        shapes = {name: zero_state.shape_of(parameter) for name, parameter in model.named_parameters()}
-        keeps_float32 = self.ranks.is_first and self.stored_dtype != torch.float32
-        stream = TensorStream(trainer_folder / WEIGHTS_FILE, shapes) if keeps_float32 else None
-        stored: dict[int, torch.Tensor] = {}
-        for (name, weight), parameter in zip(self.named_weights(), model.parameters(), strict=True):
-            if self.ranks.is_first:
-                stored[id(parameter)] = weight.to("cpu", self.stored_dtype)
-            if stream is not None:
-                stream.write(name, weight)
-        if stream is not None:
-            stream.close()
-        if self.ranks.is_first:
-            entries = model.state_dict(keep_vars=True)
-            weights = {name: stored.get(id(entry), entry.detach()) for name, entry in entries.items()}
-            save_model_folder(replace(self.policy, model=_WholeModel(model, weights)), model_folder, self.stored_dtype)
-
-    def _save_moments(self, trainer_folder: Path) -> None:
-        steps = zero_state.steps_taken(self._zero, self._adamw)
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in self.policy.model.named_parameters() if steps is not None else ():
-            shapes[f"step/{name}"] = ()
-            shapes.update({f"{key}/{name}": zero_state.shape_of(parameter) for key in MOMENTS})
-        stream = TensorStream(trainer_folder / OPTIMISER_FILE, shapes) if self.ranks.is_first else None
-        for name, parameter in self.policy.model.named_parameters() if steps is not None else ():
-            if stream is not None:
-                stream.write(f"step/{name}", torch.tensor(steps))
-            for key in MOMENTS:
-                moment = zero_state.get_moment(parameter, key)
-                if stream is not None:
-                    stream.write(f"{key}/{name}", moment)
-        if stream is not None:
-            stream.close()
-
-
-class _WholeModel:
-    """Stands in for a model in ``save_model_folder``, with whole weights in place of this process's share."""
-
-    def __init__(self, model: Any, weights: dict[str, torch.Tensor]) -> None:
-        self._model, self._weights = model, weights
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self._weights
-
-    def save_pretrained(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
-        self._model.save_pretrained(folder, state_dict=state_dict)
+        load_weights(self._parameters, trainer_folder, self._zero)
+        load_moments(self._parameters, trainer_folder, self._zero, self._adamw)
 
 
 def import_deepspeed(ranks: Ranks) -> Any:
@@ -263,6 +208,8 @@ def import_deepspeed(ranks: Ranks) -> Any:
             "deepspeed",
             hint="pip install 'rlfr-cli[deepspeed]'",
         ) from None
+    for handler in deepspeed.utils.logger.handlers:  # standard output is for data
+        handler.setStream(sys.stderr)
     # Collectives that DeepSpeed calls by their earlier names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if ranks.device.type == "cpu":

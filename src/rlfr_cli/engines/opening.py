@@ -104,7 +104,7 @@ def choose_engine(
     Args:
         prompts: all that will be drawn from, as token ids; vLLM's memory is laid out for the longest.
         sleeps: vLLM gives GPU memory back between uses.
-        weight_transfer: how a trainer's weights will reach vLLM.
+        weight_transfer: how a trainer's weights will reach vLLM; IPC reaches one GPU, so files stand in for several.
 
     Raises:
         MissingPackageError: ``--engine vllm`` without vLLM.
@@ -122,6 +122,8 @@ def choose_engine(
         )
     if sampling.tokens_per_batch != SamplingConfig().tokens_per_batch:
         console.warn(f"--tokens-per-batch {sampling.tokens_per_batch} is not used: vLLM makes its own batches")
+    if weight_transfer is WeightTransfer.IPC and config.tensor_parallel_size * config.data_parallel_size > 1:
+        weight_transfer = WeightTransfer.FILE
     check_sampling(Sampling(temperature=sampling.temperature))
     most_tokens = min(max(map(len, prompts)) + sampling.max_new_tokens, model.context_length or 2**62)
     arguments = vllm_arguments(

@@ -116,6 +116,9 @@ class Ranks:
             self.close()
 
 
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))  # one process, which has nobody to tell
+
+
 def open_ranks(
     device: torch.device, *, timeout: timedelta = LONGEST_WAIT, environment: Mapping[str, str] = os.environ
 ) -> Ranks:

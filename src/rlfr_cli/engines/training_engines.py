@@ -22,7 +22,6 @@ def open_training_engine(
     optimiser: OptimiserConfig,
     *,
     stored_dtype: torch.dtype,
-    gradient_checkpointing: bool = False,
 ) -> TrainingEngine:
     """The engine for these processes: plain PyTorch for ZeRO stage 0, else DeepSpeed.
 
@@ -51,13 +50,23 @@ def open_training_engine(
             stored_dtype=stored_dtype,
             betas=betas,
             weight_decay=decay,
-            gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing=optimiser.gradient_checkpointing,
         )
-    plain = {
-        "stored_dtype": stored_dtype,
-        "betas": betas,
-        "weight_decay": decay,
-        "clip_norm": optimiser.clip_norm,
-        "gradient_checkpointing": gradient_checkpointing,
-    }
-    return SingleProcessEngine(policy, **plain) if ranks.alone else ReplicatedEngine(policy, ranks, **plain)
+    if ranks.alone:
+        return SingleProcessEngine(
+            policy,
+            stored_dtype=stored_dtype,
+            betas=betas,
+            weight_decay=decay,
+            clip_norm=optimiser.clip_norm,
+            gradient_checkpointing=optimiser.gradient_checkpointing,
+        )
+    return ReplicatedEngine(
+        policy,
+        ranks,
+        stored_dtype=stored_dtype,
+        betas=betas,
+        weight_decay=decay,
+        clip_norm=optimiser.clip_norm,
+        gradient_checkpointing=optimiser.gradient_checkpointing,
+    )

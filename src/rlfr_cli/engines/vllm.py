@@ -67,6 +67,7 @@ class VllmEngine:
         self._loop = _LoopThread()
         self._sleeps = bool(setup.arguments.get("enable_sleep_mode"))
         self._num_drawn = 0
+        self._whole = True
         self._records_unfiltered = False
         num_workers = config.parallel_config.world_size_across_dp
         self._route: WeightRoute = open_route(
@@ -88,6 +89,7 @@ class VllmEngine:
         times, do tokens. ``on_finished`` is called from another thread.
         """
         check_sampling(sampling)
+        self._check_whole()
         if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0):
             self._record_unfiltered()
         seeds = [keyed_seed(*key, request.problem_id, request.sample_index) for request in requests]
@@ -106,6 +108,8 @@ class VllmEngine:
         vLLM scores the tokens of a prompt without a temperature.
         """
         from vllm import SamplingParams
+
+        self._check_whole()
 
         async def score(sequence: TokenSequence) -> torch.Tensor:
             *read, last = [*sequence.prompt, *sequence.response]
@@ -131,13 +135,16 @@ class VllmEngine:
         What was computed of prompts under the old weights is forgotten.
 
         Raises:
-            WorkError: vLLM refuses them, such as a name that it does not know or a parameter that is left out.
+            WorkError: vLLM refuses them, such as a name that it does not know or a parameter that is left out. Nothing
+                is drawn any more, unless weights are taken after all.
         """
+        self._whole = False
         try:
             self._route.send(list(weights))
         except Exception as error:  # workers hand on whatever their model's loader raises
             raise WorkError(f"vLLM did not take the weights: {error}") from error
         self._reset_prefix_cache()
+        self._whole = True
 
     def sleep(self, *, discard_weights: bool = False) -> None:
         """Give GPU memory back until ``wake``; nothing on a CPU, or where sleeping was not asked for.
@@ -222,6 +229,10 @@ class VllmEngine:
                 hint="use --top-p 1 --top-k 0, or --engine hf",
             )
         self._records_unfiltered = True
+
+    def _check_whole(self) -> None:
+        if not self._whole:
+            raise WorkError("vLLM was left with half of new weights, and draws nothing")
 
     def _reset_prefix_cache(self) -> None:
         if not self._run(self._engine.reset_prefix_cache()):

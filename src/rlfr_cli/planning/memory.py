@@ -78,11 +78,13 @@ class MicroBatch:
 def saved_bytes(model: ModelSizes, numbers: Numbers) -> float:
     """What one block keeps of a token for the backward pass."""
     hidden, compute = model.hidden_size, numbers.compute
+    # A norm's input and its normed input: the first in float32, the second in the dtype of the weights.
+    norm = 4 + numbers.weight
     read = 5 * compute if numbers.casts else 2 * compute
     attention = compute * (2 * model.query_size + 2 * model.key_size) + 4 * model.num_heads
     if model.head_norms:
-        attention += (6 if numbers.casts else 8) * (model.query_size + model.key_size)
-    return (8 * model.norms + read) * hidden + attention + 4 * compute * model.intermediate_size
+        attention += (4 + compute) * (model.query_size + model.key_size)
+    return (norm * model.norms + read) * hidden + attention + 4 * compute * model.intermediate_size
 
 
 def passing_bytes(model: ModelSizes, numbers: Numbers) -> float:
@@ -117,10 +119,10 @@ def updating(model: ModelSizes, numbers: Numbers, batch: MicroBatch, *, checkpoi
     casts = numbers.compute * model.block_matrices if numbers.casts else 0
     saved, inputs = saved_bytes(model, numbers), numbers.weight * hidden
     logits = {"logits": logits_bytes(model, numbers, batch.predicted, backward=True)}
-    around = batch.tokens * 8 * hidden + batch.predicted * numbers.weight * hidden
+    around = batch.tokens * (4 + numbers.weight) * hidden + batch.predicted * numbers.weight * hidden
     # A tied embedding keeps the head's gradient until its own comes, last of all.
-    late = {"gradients": 4 * model.embedding if model.tied else 0}
-    last = add(late, {"gradients": 4 * model.embedding})
+    late = {"gradients": numbers.weight * model.embedding if model.tied else 0}
+    last = add(late, {"gradients": numbers.weight * model.embedding})
     if not checkpointing:
         kept = {"casts": blocks * casts, "activations": batch.tokens * blocks * saved + around}
         return largest("update", add(kept, logits), last)

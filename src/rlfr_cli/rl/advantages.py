@@ -11,6 +11,8 @@ Shapes: R responses, K response tokens packed in order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -75,12 +77,20 @@ def returns(rewards_K: Tensor, response_offsets: Tensor, discount: float = 1.0) 
     return out_K.float()
 
 
-def whiten(advantages_K: Tensor) -> Tensor:
-    """Advantages of a whole batch with mean 0 and standard deviation 1 over its tokens; all equal gives 0."""
-    centred_K = advantages_K.double() - advantages_K.double().mean()
-    if advantages_K.numel() == 0 or bool((advantages_K == advantages_K[0]).all()):
+def whiten(advantages_K: Tensor, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
+    """Advantages of a whole batch with mean 0 and standard deviation 1 over its tokens; all equal gives 0.
+
+    Args:
+        total: sums a tensor over the processes that hold parts of the batch; each calls this, with no tokens too.
+    """
+    values_K = advantages_K.double()
+    count, value_sum = total(torch.stack([values_K.new_tensor(float(values_K.numel())), values_K.sum()])).unbind()
+    centred_K = values_K - value_sum / count.clamp(min=1)
+    variance = total(centred_K.square().sum()) / count.clamp(min=1)
+    # Equal values leave no more than the rounding of their mean.
+    if float(variance.sqrt()) <= 1e-12 * max(1.0, abs(float(value_sum))):
         return torch.zeros_like(advantages_K)
-    return (centred_K / (centred_K.square().mean().sqrt() + STD_EPSILON)).float()
+    return (centred_K / (variance.sqrt() + STD_EPSILON)).float()
 
 
 def entropy_shaped(advantages_K: Tensor, entropies_K: Tensor, *, scale: float, cap: float) -> Tensor:
@@ -99,9 +109,13 @@ def advantages(
     *,
     estimator: Estimator = Estimator.GROUP_NORM,
     discount: float = 1.0,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Tensor:
-    """Advantage [K] of every token of a rollout batch (``reinforce-baseline`` whitens over all of it)."""
+    """Advantage [K] of every token of a rollout batch (``reinforce-baseline`` whitens over all of it).
+
+    ``total`` sums a tensor over the processes that hold parts of the batch.
+    """
     relative_R = normalise_outcomes(outcomes_R, group_R, estimator)
     rewards_K = token_rewards(relative_R, flow_rewards_K, response_offsets)
     advantages_K = returns(rewards_K, response_offsets, discount)
-    return whiten(advantages_K) if estimator is Estimator.REINFORCE_BASELINE else advantages_K
+    return whiten(advantages_K, total) if estimator is Estimator.REINFORCE_BASELINE else advantages_K

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -47,6 +47,10 @@ class PolicyLossSums:
     kl: Tensor  # k3 of (old policy, policy), never negative
     ratio: Tensor
     ratio_max: Tensor
+
+    def to(self, device: str) -> PolicyLossSums:
+        """The same on another device."""
+        return PolicyLossSums(*(getattr(self, field.name).to(device) for field in fields(self)))
 
     def metrics(self) -> dict[str, float]:
         tokens = max(float(self.num_tokens), 1.0)

@@ -13,7 +13,12 @@ from rlfr_cli.rl.training_batch import uniform_groups
 
 
 def draw_until_varied(
-    draw: Callable[[int, int], list[RolloutRow]], *, wanted: int, group_size: int, max_rounds: int
+    draw: Callable[[int, int], list[RolloutRow]],
+    *,
+    wanted: int,
+    group_size: int,
+    max_rounds: int,
+    total: Callable[[int], int] = lambda count: count,
 ) -> tuple[list[RolloutRow], int]:
     """Rows of all groups drawn, in order, and the number of rounds.
 
@@ -21,6 +26,7 @@ def draw_until_varied(
         draw: the rows of so many further problems, in the round of that number (from 0).
         wanted: groups whose outcome rewards differ.
         max_rounds: after these, what there is must do.
+        total: sums a count over the processes that each draw a part.
     """
     rows: list[RolloutRow] = []
     missing, rounds = wanted, 0
@@ -28,5 +34,6 @@ def draw_until_varied(
         drawn = draw(missing, rounds)
         rows += drawn
         rounds += 1
-        missing -= uniform_groups([row.reward or 0.0 for row in drawn], group_size).count(False) // group_size
+        varied = uniform_groups([row.reward or 0.0 for row in drawn], group_size).count(False) // group_size
+        missing -= total(varied)
     return rows, rounds

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.config.rl import PolicyLossConfig
+from rlfr_cli.engines.ranks import ALONE, Ranks
 from rlfr_cli.rl.advantages import advantages, entropy_shaped
 from rlfr_cli.rl.choices import KLEstimator, KLPlace, UniformGroups
 from rlfr_cli.rl.correction import CorrectionOptions, correction_weights, importance_ratios
@@ -37,6 +39,47 @@ class BuiltBatch:
     kl_to_reference: float | None
 
 
+@dataclass(frozen=True)
+class WholeBatch:
+    """The rollout batch of all ranks, in rank order, on the CPU: for metrics and for the rollouts on disk.
+
+    Attributes:
+        in_loss: how many responses are trained on.
+        kl_to_reference: as in ``BuiltBatch``.
+    """
+
+    rows: list[RolloutRow]
+    measured: Measurement
+    advantages: list[torch.Tensor]
+    in_loss: int
+    kl_to_reference: float | None
+
+
+def gather_batch(
+    ranks: Ranks, rows: Sequence[RolloutRow], measured: Measurement, built: BuiltBatch
+) -> WholeBatch | None:
+    """The batch of all ranks at rank 0, without latents; None elsewhere."""
+    tokens = sum(map(len, measured.logprobs))
+    mine = WholeBatch(list(rows), measured, built.advantages, sum(built.batch.in_loss), built.kl_to_reference)
+    if ranks.alone:
+        return mine
+    names = ("logprobs", "entropies", "deviations", "scores", "flow_rewards")
+    lists = {name: [tensor.cpu() for tensor in getattr(measured, name)] for name in names}
+    advantages = [tensor.cpu() for tensor in built.advantages]
+    parts = ranks.gather((mine.rows, lists, advantages, mine.in_loss, mine.kl_to_reference, tokens))
+    if parts is None:
+        return None
+    joined: dict[str, Any] = {name: [tensor for part in parts for tensor in part[1][name]] for name in names}
+    kl = [(part[4], part[5]) for part in parts if part[4] is not None]
+    return WholeBatch(
+        [row for part in parts for row in part[0]],
+        Measurement(**joined),
+        [tensor for part in parts for tensor in part[2]],
+        sum(part[3] for part in parts),
+        sum(value * count for value, count in kl) / sum(count for _, count in kl) if kl else None,
+    )
+
+
 def uniform_groups(rewards: Sequence[float], group_size: int) -> list[bool]:
     """For each response, whether its group's outcome rewards are all equal; groups stand together."""
     flags = []
@@ -57,6 +100,7 @@ def build_training_batch(
     correction: CorrectionOptions | None,
     temperature: float,
     max_new_tokens: int,
+    ranks: Ranks = ALONE,
 ) -> BuiltBatch:
     """Advantages and masks of a rollout batch whose groups of ``group_size`` stand together.
 
@@ -65,15 +109,14 @@ def build_training_batch(
         correction: of the gap to the engine that drew the rows; None where it shares the trainer's weights.
         temperature: that of sampling.
         max_new_tokens: what the constant-length mean divides by.
+        ranks: the processes that each build a part of the batch.
     """
     flags = uniform_groups([row.reward or 0.0 for row in rows], group_size)
     kept = [index for index, flag in enumerate(flags) if not (flag and uniform is UniformGroups.DROP)]
     all_advantages = [torch.zeros_like(logprobs_T) for logprobs_T in measured.logprobs]
-    if kept:
-        for index, advantages_T in zip(
-            kept, _advantages(rows, kept, measured, reference_logprobs, config, group_size), strict=True
-        ):
-            all_advantages[index] = advantages_T
+    found = _advantages(rows, kept, measured, reference_logprobs, config, group_size, ranks)
+    for index, advantages_T in zip(kept, found, strict=True):
+        all_advantages[index] = advantages_T
     in_loss = config.kl_coef > 0 and config.kl_in is KLPlace.LOSS
     sequences = sequences_of(rows)
     batch = TrainingBatch(
@@ -96,24 +139,27 @@ def _advantages(
     reference_logprobs: Sequence[torch.Tensor] | None,
     config: PolicyLossConfig,
     group_size: int,
+    ranks: Ranks,
 ) -> Sequence[torch.Tensor]:
-    """Advantages [T] of the kept responses."""
+    """Advantages [T] of the kept responses, of which a rank may have none."""
     lengths = [len(measured.logprobs[index]) for index in kept]
-    token_rewards_K = torch.cat([measured.flow_rewards[index] for index in kept])
+    nothing = measured.logprobs[0].new_zeros(0)
+    token_rewards_K = torch.cat([nothing, *(measured.flow_rewards[index] for index in kept)])
     device = token_rewards_K.device
     if reference_logprobs is not None and config.kl_in is KLPlace.REWARD:
         kl = [kl_estimate(measured.logprobs[i], reference_logprobs[i], config.kl_estimator) for i in kept]
-        token_rewards_K = token_rewards_K - config.kl_coef * torch.cat(kl)
+        token_rewards_K = token_rewards_K - config.kl_coef * torch.cat([nothing, *kl])
     advantages_K = advantages(
         torch.tensor([rows[index].reward or 0.0 for index in kept], device=device),
-        torch.tensor([index // group_size for index in kept], device=device),
+        torch.tensor([index // group_size for index in kept], dtype=torch.int64, device=device),
         token_rewards_K,
         torch.tensor([0, *lengths], device=device).cumsum(0),
         estimator=config.estimator,
         discount=config.discount,
+        total=ranks.sum,
     )
     if config.entropy_advantage > 0:
-        entropies_K = torch.cat([measured.entropies[index] for index in kept])
+        entropies_K = torch.cat([nothing, *(measured.entropies[index] for index in kept)])
         advantages_K = entropy_shaped(
             advantages_K, entropies_K, scale=config.entropy_advantage, cap=config.entropy_advantage_cap
         )

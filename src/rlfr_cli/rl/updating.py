@@ -3,6 +3,9 @@
 Reads a measured batch and its advantages, changes the policy's weights. The loss is a mean over the whole minibatch
 (``rl/policy_loss.py``), so micro-batches change speed and memory, not the loss. A response without a gradient (all
 advantages 0, or masked) is left out of forward and backward passes; it still counts in the mean over responses.
+
+Several processes hold a part of the batch each. A minibatch is drawn from the whole of it, as in one process; each rank
+takes its own responses of the minibatch, weighted for the mean over all, and does as many passes as the busiest rank.
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 from rlfr_cli.config.rl import OptimiserConfig, PolicyLossConfig
-from rlfr_cli.engines.training import TrainingEngine
+from rlfr_cli.engines.ranks import ALONE, Ranks
+from rlfr_cli.engines.training import StepOutcome, TrainingEngine
 from rlfr_cli.errors import WorkError
 from rlfr_cli.flow.noise import Key, keyed_generator
 from rlfr_cli.policy.batching import token_budget_batches
@@ -63,6 +67,22 @@ class UpdateCounts:
     skipped_in_a_row: int = 0
 
 
+@dataclass(frozen=True)
+class _WholeBatch:
+    """Of the responses of all ranks, in rank order: how many tokens count in the loss, and where this rank's begin."""
+
+    lengths: list[int]
+    start: int
+
+
+def _whole_batch(batch: TrainingBatch, ranks: Ranks) -> _WholeBatch:
+    lengths = [
+        len(sequence.response) if counts else 0 for sequence, counts in zip(batch.sequences, batch.in_loss, strict=True)
+    ]
+    by_rank = ranks.all_gather(lengths)
+    return _WholeBatch([length for part in by_rank for length in part], sum(map(len, by_rank[: ranks.rank])))
+
+
 @dataclass
 class _Sums:
     """Detached numbers of one rollout batch's optimiser steps."""
@@ -70,6 +90,14 @@ class _Sums:
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     parts: list[PolicyLossSums] = field(default_factory=list)
+
+    def over(self, ranks: Ranks) -> _Sums:
+        """The sums of all ranks; gradient norms are the same on each."""
+        if ranks.alone:
+            return self
+        losses = ranks.sum(torch.tensor(self.losses, dtype=torch.float64)).tolist()
+        found = ranks.all_gather(combine_sums(self.parts).to("cpu") if self.parts else None)
+        return _Sums(losses, self.norms, [part for part in found if part is not None])
 
 
 def update_policy(
@@ -80,6 +108,7 @@ def update_policy(
     counts: UpdateCounts,
     learning_rate: Callable[[int, int], float],
     key: tuple[Key, ...],
+    ranks: Ranks = ALONE,
 ) -> dict[str, float | None]:
     """Train on a rollout batch and return metrics; one without responses changes nothing.
 
@@ -87,6 +116,7 @@ def update_policy(
         counts: changed in place.
         learning_rate: after so many of the batch's optimiser steps, and how many these are.
         key: names the order of the responses, seed included.
+        ranks: the processes that train together; the metrics are of all of them.
 
     Raises:
         WorkError: loss or gradient was not finite in ``max_bad_steps`` steps in a row.
@@ -94,16 +124,18 @@ def update_policy(
     sums = _Sums()
     model = engine.policy.model
     model.train()
+    whole = _whole_batch(batch, ranks)
     minibatches = [
         responses
         for epoch in range(optimiser.epochs_per_batch)
-        for responses in _minibatches(len(batch.sequences), optimiser.minibatch_responses, (*key, epoch))
+        for responses in _minibatches(len(whole.lengths), optimiser.minibatch_responses, (*key, epoch))
     ]
     rate = learning_rate(0, max(1, len(minibatches)))
     for number, responses in enumerate(minibatches):
         rate = learning_rate(number, len(minibatches))
-        loss = _accumulate(engine, batch, responses, optimiser, loss_config, sums)
-        outcome = engine.step(rate)
+        loss, passes = _accumulate(engine, batch, whole, responses, optimiser, loss_config, sums, ranks)
+        # Without a pass there is no gradient to step by, and an engine of several processes expects one.
+        outcome = engine.step(rate) if passes or ranks.alone else StepOutcome(0.0, True)
         counts.optimiser_steps += 1
         sums.losses.append(loss)
         sums.norms.append(outcome.gradient_norm)
@@ -117,7 +149,7 @@ def update_policy(
                 hint="start another run with a lower --learning-rate and, as --model, the last checkpoint's model/",
             )
     model.eval()
-    return _metrics(sums, counts, rate)
+    return _metrics(sums.over(ranks), counts, rate)
 
 
 def _minibatches(num_responses: int, size: int, key: tuple[Key, ...]) -> list[list[int]]:
@@ -133,33 +165,50 @@ def _minibatches(num_responses: int, size: int, key: tuple[Key, ...]) -> list[li
 def _accumulate(
     engine: TrainingEngine,
     batch: TrainingBatch,
+    whole: _WholeBatch,
     responses: Sequence[int],
     optimiser: OptimiserConfig,
     config: PolicyLossConfig,
     sums: _Sums,
-) -> float:
-    """Add the gradient of one minibatch's loss, micro-batch by micro-batch; return the loss."""
-    lengths = [len(batch.sequences[index].response) if batch.in_loss[index] else 0 for index in responses]
+    ranks: Ranks,
+) -> tuple[float, int]:
+    """Add the gradient of one minibatch's loss, micro-batch by micro-batch.
+
+    Args:
+        responses: of the minibatch, counted over all ranks.
+
+    Returns:
+        This rank's share of the loss, and how many passes each rank has made.
+    """
+    lengths = [whole.lengths[index] for index in responses]
     weights = token_weights(
         config.aggregation,
         torch.tensor(lengths),
         num_responses=len(responses),
         constant_length=batch.max_new_tokens,
     ).split(lengths)
-    weight_of = dict(zip(responses, weights, strict=True))
+    mine = range(whole.start, whole.start + len(batch.sequences))
+    weight_of = {index - whole.start: weight for index, weight in zip(responses, weights, strict=True) if index in mine}
     every_token_counts = batch.reference_logprobs is not None or config.entropy_coef > 0
     needed = [
         index
-        for index in responses
+        for index in weight_of
         if batch.in_loss[index] and (every_token_counts or bool(batch.advantages[index].any()))
     ]
     total = 0.0
     token_counts = [len(batch.sequences[index]) for index in needed]
-    for rows in token_budget_batches(token_counts, optimiser.tokens_per_micro_batch):
-        loss = _micro_batch_loss(engine, batch, [needed[row] for row in rows], weight_of, config, sums)
-        engine.backward(loss)
-        total += float(loss.detach())
-    return total
+    micro_batches = list(token_budget_batches(token_counts, optimiser.tokens_per_micro_batch))
+    passes = round(ranks.max(len(micro_batches)))
+    for number in range(passes):
+        last = number == passes - 1
+        if number < len(micro_batches):
+            chosen = [needed[row] for row in micro_batches[number]]
+            loss = _micro_batch_loss(engine, batch, chosen, weight_of, config, sums)
+            engine.backward(loss, last=last)
+            total += float(loss.detach())
+        else:
+            engine.idle_backward(last=last)
+    return total, passes
 
 
 def _micro_batch_loss(
@@ -172,7 +221,7 @@ def _micro_batch_loss(
 ) -> torch.Tensor:
     device = engine.policy.placement.device
     sequences = [batch.sequences[index] for index in indices]
-    logprobs_K, entropies_K = response_logprobs(engine.policy, sequences, batch.temperature)
+    logprobs_K, entropies_K = engine.run(lambda: response_logprobs(engine.policy, sequences, batch.temperature))
     offsets = torch.tensor([0, *(len(s.response) for s in sequences)], device=device).cumsum(0)
     weights_K = torch.cat([weight_of[index] for index in indices]).to(device)
     corrected_K = weights_K

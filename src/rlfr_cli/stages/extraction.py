@@ -42,12 +42,10 @@ def extracted_latents(
     """
     for batch in token_budget_batches([len(s) for s in sequences], tokens_per_batch):
         kept = decoder_latents(decoder, taps, [sequences[index] for index in batch], num_prompt, device)
-        for index, latents_TJD in zip(batch, kept, strict=True):
-            rounded_TJD = latents_TJD.to(LATENT_DTYPES.get(store, latents_TJD.dtype))
-            if not bool(rounded_TJD.isfinite().all()):
-                raise WorkError(
-                    f"some latents are not finite numbers in {str(rounded_TJD.dtype).removeprefix('torch.')}",
-                    hint="hidden states may exceed float16, which ends at 65504: use --store bfloat16 and --dtype "
-                    "bfloat16",
-                )
-            yield index, rounded_TJD
+        rounded = [latents_TJD.to(LATENT_DTYPES.get(store, latents_TJD.dtype)) for latents_TJD in kept]
+        if not bool(torch.stack([latents_TJD.isfinite().all() for latents_TJD in rounded]).all()):
+            raise WorkError(
+                f"some latents are not finite numbers in {str(rounded[0].dtype).removeprefix('torch.')}",
+                hint="hidden states may exceed float16, which ends at 65504: use --store bfloat16 and --dtype bfloat16",
+            )
+        yield from zip(batch, rounded, strict=True)

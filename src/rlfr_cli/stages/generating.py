@@ -15,9 +15,9 @@ import torch
 from rlfr_cli.config.rl import CorrectionConfig
 from rlfr_cli.engines.generation import GenerationEngine
 from rlfr_cli.engines.hf import HfEngine
+from rlfr_cli.engines.training import TrainingEngine
 from rlfr_cli.errors import WorkError
 from rlfr_cli.policy.forward import TokenSequence, response_logprobs
-from rlfr_cli.policy.loading import Policy
 from rlfr_cli.rl.correction import CorrectionOptions, check_engine
 
 NUM_PROBES, PROBE_TOKENS = 4, 64
@@ -28,7 +28,7 @@ class EngineOfRun:
 
     Args:
         engine: as it was opened.
-        policy: the one that is trained.
+        training: trains the policy; with several processes each has a generation engine of its own.
         config: what is done about the gap between both.
         prompts: of the first problems; scored at the first check.
         stale: the engine was opened with other weights than the policy has.
@@ -37,13 +37,13 @@ class EngineOfRun:
     def __init__(
         self,
         engine: GenerationEngine,
-        policy: Policy,
+        training: TrainingEngine,
         config: CorrectionConfig,
         prompts: Sequence[Sequence[int]],
         *,
         stale: bool,
     ) -> None:
-        self.engine, self.policy, self.config = engine, policy, config
+        self.engine, self.training, self.config = engine, training, config
         self.shares_weights = isinstance(engine, HfEngine)
         self.stale = stale
         self._probes = [_halves(prompt) for prompt in prompts[:NUM_PROBES] if len(prompt) > 1]
@@ -59,10 +59,11 @@ class EngineOfRun:
 
     def changed(self, probes: Sequence[TokenSequence]) -> None:
         """The trainer is about to change its weights; the next check is on these responses."""
-        if self.shares_weights or not probes:
+        if self.shares_weights:
             return
         self._probes = [TokenSequence(s.prompt, s.response[:PROBE_TOKENS]) for s in probes[:NUM_PROBES]]
-        self._before = self._trainer_logprobs()
+        with self.training.whole_policy():
+            self._before = self._trainer_logprobs()
         self.stale = True
 
     @contextmanager
@@ -73,12 +74,13 @@ class EngineOfRun:
             WorkError: the engine did not take them.
         """
         if self.shares_weights:
-            yield
+            with self.training.whole_policy():
+                yield
             return
         self.engine.wake()
         try:
             if self.stale:
-                self.engine.load_weights(self.policy.model.named_parameters())
+                self.engine.load_weights(self.training.named_weights())
             if self.stale or not self._checked:
                 self._check()
             yield
@@ -99,15 +101,18 @@ class EngineOfRun:
             )
 
     def _check(self) -> None:
-        if self._probes:
+        with self.training.whole_policy():
             now = self._trainer_logprobs()
+        if self._probes:
             check_engine(self.engine.logprobs_of(self._probes), now, self._before, self.config.tolerance)
         self.stale, self._checked = False, True
 
     @torch.no_grad()
     def _trainer_logprobs(self) -> list[torch.Tensor]:
         """Log-probabilities at temperature 1, as engines score given tokens."""
-        packed_K, _ = response_logprobs(self.policy, self._probes, 1.0)
+        if not self._probes:
+            return []
+        packed_K, _ = response_logprobs(self.training.policy, self._probes, 1.0)
         return [part.cpu() for part in packed_K.split([len(s.response) for s in self._probes])]
 
 

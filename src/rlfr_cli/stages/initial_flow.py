@@ -20,6 +20,8 @@ from rlfr_cli.stages.flows import load_flow, new_flow, new_header
 from rlfr_cli.stages.importing import import_published
 from rlfr_cli.stages.latent_sequences import LatentSource
 
+PUBLISHED_SUFFIXES = (".bin", ".pt", ".pth")
+
 # Options of a network, and where a flow's header has them.
 NETWORK_FACTS = {
     "context": "pairings",
@@ -49,7 +51,7 @@ def initial_flow(config: FitFlowConfig, data: LatentSource) -> tuple[FlowHeader,
     )
     if config.init_from is None:
         return fresh, new_flow(fresh, config.seed, device)
-    if config.init_from.suffix in (".bin", ".pt", ".pth"):
+    if config.init_from.suffix in PUBLISHED_SUFFIXES:
         header, flow = import_published(config.init_from, fresh, device)
         # Published flows were fitted on latents as they are; statistics put in afterwards would change what they see.
         _check_options_agree(config, fresh, replace(header, normalisation="none"))

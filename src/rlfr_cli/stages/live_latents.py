@@ -27,6 +27,7 @@ from rlfr_cli.policy.loading import load_decoder
 from rlfr_cli.policy.tapping import tap, tapped_layers
 from rlfr_cli.stages.common import ModelInput, open_model
 from rlfr_cli.stages.extraction import extracted_latents
+from rlfr_cli.stages.initial_flow import PUBLISHED_SUFFIXES
 from rlfr_cli.stages.latent_sequences import split_by_problem
 from rlfr_cli.stages.responses import Responses, check_prompts_hold, check_vocabulary, open_responses, response_inputs
 from rlfr_cli.states import State, blocks_needed
@@ -144,9 +145,7 @@ def open_live_latents(config: FitFlowConfig) -> LiveLatents:
 
 def _layer_index(config: FitFlowConfig) -> tuple[int, ...]:
     """Blocks by index: those asked for, or else those of a flow of ours that is continued."""
-    continued = config.init_from is not None and config.init_from.suffix == ".safetensors"
-    if config.init_from is None or not continued or config.layer_index:
+    published = config.init_from is not None and config.init_from.suffix in PUBLISHED_SUFFIXES
+    if config.init_from is None or published or config.layer_fraction != DEFAULT_LAYER_FRACTIONS:
         return config.layer_index
-    if config.layer_fraction != DEFAULT_LAYER_FRACTIONS:
-        return ()
     return read_flow_header(config.init_from).layer_indices

@@ -20,13 +20,14 @@ from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.config.flow import FlowRewardConfig
 from rlfr_cli.config.train_rl import TrainRlConfig
 from rlfr_cli.engines.adamw import NamedAdamW
+from rlfr_cli.engines.ranks import Ranks
 from rlfr_cli.flow.noise import keyed_generator
 from rlfr_cli.flow.reference import TokenFacts
 from rlfr_cli.policy.forward import TokenSequence, forward_batches
 from rlfr_cli.policy.loading import Policy
 from rlfr_cli.rl.measuring import Measurement, sequences_of
 from rlfr_cli.rl.metrics import Metrics
-from rlfr_cli.rl.online import update_flow
+from rlfr_cli.rl.online import check_same_flow, update_flow
 from rlfr_cli.rl.reference_buffer import ReferenceBuffer
 from rlfr_cli.rl.schedule import learning_rate_at
 from rlfr_cli.stages.choosing_draws import RESPONSES_TO_CHOOSE_ON, with_chosen_draws
@@ -70,11 +71,12 @@ class OnlineFlow:
         plan: what `train-rl` has checked; it has a flow's header.
         policy: the one that is trained.
         checkpoint: its flow and state are taken, in place of the plan's.
+        ranks: the processes that train together: each holds the same flow and learns from its own responses.
     """
 
-    def __init__(self, plan: Plan, policy: Policy, checkpoint: Path | None) -> None:
+    def __init__(self, plan: Plan, policy: Policy, checkpoint: Path | None, ranks: Ranks) -> None:
         assert plan.header is not None
-        self.plan, self.config, self.policy = plan, plan.config, policy
+        self.plan, self.config, self.policy, self.ranks = plan, plan.config, policy, ranks
         self.header = plan.header
         device = policy.placement.device
         path = self.config.flow if checkpoint is None else checkpoint / "flow.safetensors"
@@ -85,7 +87,8 @@ class OnlineFlow:
         self.optimiser = NamedAdamW(
             self.flow.network.named_parameters(), weight_decay=FLOW_WEIGHT_DECAY, clip_norm=FLOW_CLIP_NORM
         )
-        self.buffer = ReferenceBuffer(self.config.online.buffer_responses)
+        # The newest of each process, as many together as asked for.
+        self.buffer = ReferenceBuffer(-(-self.config.online.buffer_responses // ranks.world_size))
         self.steps, self.empty_references = 0, 0
         self.num_draws: int | None = None
         self.draw_agreement: float | None = None
@@ -95,7 +98,7 @@ class OnlineFlow:
         return self.config.online.online_steps > 0
 
     def choose_draws(self, rows: Sequence[RolloutRow]) -> None:
-        """With --draw-agreement, and once a run: measure how many draws a score needs, on a batch's first responses."""
+        """With --draw-agreement, and once a run: measure how many draws a score needs, on rank 0's first responses."""
         if self.config.flow_reward.draw_agreement == 0 or self.num_draws is not None:
             return
         chosen = list(rows[:RESPONSES_TO_CHOOSE_ON])
@@ -109,7 +112,7 @@ class OnlineFlow:
             seed=self.config.seed,
             placement=self.policy.placement,
         )
-        self.num_draws, self.draw_agreement = reward.num_draws, choice.agreement
+        self.num_draws, self.draw_agreement = self.ranks.broadcast((reward.num_draws, choice.agreement))
 
     def reward(self, coefficient: float) -> FlowRewardConfig:
         """From deviation to flow reward at this coefficient, with the draws that were chosen."""
@@ -162,7 +165,7 @@ class OnlineFlow:
             for index, latents in sorted(measured.latents.items())
         ]
         reference = [entry for entry in [*reference, *buffered] if bool(entry.weights.any())]
-        self.empty_references += not reference
+        self.empty_references += not self.ranks.any(bool(reference))
         experts = self._experts(step, reference)
         used = [*reference, *experts]
         metrics: Metrics = dict(
@@ -175,16 +178,20 @@ class OnlineFlow:
                 self.config.flow_reward.timestep,
                 (self.config.seed, step),
                 self.policy.placement.dtype,
+                self.ranks,
             )
         )
+        check_same_flow(self.flow, self.ranks)
         self.buffer.add(sequences_of(rows), weights)
         self.steps += int(metrics["flow/steps"] or 0)
-        metrics["flow/accepted_fraction"] = sum(weight > 0 for weight in weights) / len(weights)
+        counts = [sum(weight > 0 for weight in weights), len(weights), len(buffered), len(experts)]
+        accepted, responses, from_buffer, expert = self.ranks.sum(torch.tensor(counts)).tolist()
+        metrics["flow/accepted_fraction"] = accepted / responses
         metrics["flow/batches_without_accepted"] = self.empty_references
         if online.buffer_responses:
-            metrics["flow/buffered_responses"] = len(buffered)
+            metrics["flow/buffered_responses"] = from_buffer
         if self.plan.expert is not None:
-            metrics["flow/expert_responses"] = len(experts)
+            metrics["flow/expert_responses"] = expert
         return metrics
 
     def _experts(self, step: int, reference: Sequence[Reference]) -> list[Reference]:
@@ -194,7 +201,8 @@ class OnlineFlow:
             return []
         share = self.config.online.expert_share
         odds = share / (1 - share)
-        generator = keyed_generator("cpu", self.config.seed, "expert responses", step)
+        rank_key = () if self.ranks.alone else (self.ranks.rank,)
+        generator = keyed_generator("cpu", self.config.seed, "expert responses", step, *rank_key)
         order = torch.randperm(len(expert.places), generator=generator).tolist()
         chosen = order[: max(1, round(odds * len(reference)))]
         surplus = expert.info.num_prompt_tokens - self.flow.num_prompt
@@ -208,16 +216,23 @@ class OnlineFlow:
 
     # Checkpoints
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write the flow into a checkpoint whose ``model/`` is written already, and its state into ``trainer/``."""
+    def save(self, folder: Path, step: int, buffers: Sequence[ReferenceBuffer]) -> None:
+        """Write the flow into a checkpoint whose ``model/`` is written already, and its state into ``trainer/``.
+
+        Args:
+            buffers: of every process, in rank order.
+        """
         header = with_policy_step(
             self.header, model_fingerprint(folder / "model"), step, self.header.steps + self.steps
         )
         write_flow(folder / "flow.safetensors", header, self.flow)
         moments = {name: tensor.contiguous() for name, tensor in self.optimiser.state_tensors().items()}
         save_file(moments, folder / "trainer" / FLOW_OPTIMISER)
-        if len(self.buffer):
-            save_file(self.buffer.tensors(), folder / "trainer" / BUFFER)
+        together = ReferenceBuffer(sum(map(len, buffers)))
+        for buffer in buffers:
+            together.kept.extend(buffer.kept)
+        if len(together):
+            save_file(together.tensors(), folder / "trainer" / BUFFER)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside tensors; the flow's header counts its steps."""
@@ -231,6 +246,12 @@ class OnlineFlow:
         """Take moments, buffer and counts of a checkpoint, whose flow is loaded already."""
         self.optimiser.load_state_tensors(load_file(checkpoint / "trainer" / FLOW_OPTIMISER))
         if (checkpoint / "trainer" / BUFFER).is_file():
-            self.buffer.load(load_file(checkpoint / "trainer" / BUFFER))
+            together = ReferenceBuffer(self.config.online.buffer_responses + self.ranks.world_size)
+            together.load(load_file(checkpoint / "trainer" / BUFFER))
+            kept = list(together.kept)
+            begin, end = (
+                len(kept) * place // self.ranks.world_size for place in (self.ranks.rank, self.ranks.rank + 1)
+            )
+            self.buffer.kept.extend(kept[begin:end])
         self.empty_references = state["empty_references"]
         self.num_draws, self.draw_agreement = state["num_draws"], state["draw_agreement"]

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ import torch
 from rlfr_cli import console
 from rlfr_cli.artifacts.flow_file import FlowHeader, check_flow_fits, flow_fingerprint, read_flow_header
 from rlfr_cli.artifacts.rollouts import rollout_table
-from rlfr_cli.artifacts.run_folder import RunFolder
+from rlfr_cli.artifacts.run_folder import RunFolder, step_of
 from rlfr_cli.config.common import ProblemsConfig
 from rlfr_cli.config.engine import EngineName, WeightTransfer
 from rlfr_cli.config.fields import to_table
@@ -30,10 +32,12 @@ from rlfr_cli.config.flow import FlowRewardConfig
 from rlfr_cli.config.rl import OnlineConfig
 from rlfr_cli.config.train_rl import CoefficientConfig, TrainRlConfig
 from rlfr_cli.engines.opening import EngineChoice, choose_engine
+from rlfr_cli.engines.ranks import Ranks, open_ranks
 from rlfr_cli.errors import ConfigError, Stopped, during_work
 from rlfr_cli.flow.reference import ReferenceRules
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import RewardFunction, load_reward
+from rlfr_cli.policy.loading import resolve_placement
 from rlfr_cli.policy.tapping import tapped_layers
 from rlfr_cli.report.run_logs import RunLogs
 from rlfr_cli.rl.choices import KLEstimator, KLPlace
@@ -121,8 +125,21 @@ def run(config: TrainRlConfig) -> dict[str, Any]:
         RlfrError: anything wrong with config, inputs or run folder, before work starts.
         Stopped: Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
+    with open_ranks(
+        resolve_placement(config.device, config.dtype).device,
+        timeout=timedelta(minutes=config.training.collective_timeout),
+    ) as ranks:
+        if not ranks.alone:
+            config = replace(config, device=str(ranks.device))
+            # What is said once is said by rank 0; errors are said by whoever meets them.
+            console.set_quiet(console.is_quiet() or not ranks.is_first)
+        return _run(config, ranks)
+
+
+def _run(config: TrainRlConfig, ranks: Ranks) -> dict[str, Any]:
     with grading_pool(config.grading) as pool:
         plan = _plan(config, pool)
+        _check_ranks(config, ranks)
         if config.dry_run:
             RunFolder.check_for_writing(
                 config.out,
@@ -132,6 +149,9 @@ def run(config: TrainRlConfig) -> dict[str, Any]:
                 resume=config.resume,
             )
             return {"dry_run": True, **plan.describe()}
+        if not ranks.is_first:
+            ranks.barrier()  # until rank 0 has opened the folder
+            return _follow(plan, RunFolder.open(config.out), pool, ranks)
         folder = RunFolder.create(
             config.out,
             config=to_table(config, for_artifact=True),
@@ -139,9 +159,11 @@ def run(config: TrainRlConfig) -> dict[str, Any]:
             overwrite=config.overwrite,
             resume=config.resume,
         )
+        ranks.barrier()
         for difference in folder.version_differences:
             console.warn(f"{config.out} was begun with other versions: {difference}")
         done = folder.latest_step()
+        ranks.broadcast(done)
         if done >= plan.total_steps:
             console.log(f"{config.out} is complete already ({done} steps); nothing to do")
             return _summary(plan, folder)
@@ -150,13 +172,29 @@ def run(config: TrainRlConfig) -> dict[str, Any]:
         console.log(f"training for {plan.total_steps} steps; flow: {plan.flow_text()}")
         with during_work():
             try:
-                _train(plan, folder, pool)
+                _train(plan, folder, pool, ranks)
             except KeyboardInterrupt:
                 raise Stopped(
                     f"stopped at once; {config.out} keeps its last checkpoint, of step {folder.latest_step()}",
                     hint="the same command with --resume goes on",
                 ) from None
         return _summary(plan, folder)
+
+
+def _follow(plan: Plan, folder: RunFolder, pool: GradingPool, ranks: Ranks) -> dict[str, Any]:
+    """The run of every rank but the first, which reads and writes for them all and says what happens."""
+    if ranks.broadcast(0) < plan.total_steps:
+        with during_work(), suppress(Stopped):
+            _train(plan, folder, pool, ranks)
+    return {}
+
+
+def _check_ranks(config: TrainRlConfig, ranks: Ranks) -> None:
+    if config.rollout.prompts_per_step < ranks.world_size:
+        raise ConfigError(
+            f"{ranks.world_size} processes share out --prompts-per-step {config.rollout.prompts_per_step}",
+            hint="start no more processes than problems of a step",
+        )
 
 
 def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
@@ -275,18 +313,24 @@ def _check_prompts(prompted: Sequence[PromptedProblem], shift: int) -> None:
             )
 
 
-def _train(plan: Plan, folder: RunFolder, pool: GradingPool) -> None:
-    """The loop over steps; each may end in an evaluation, a checkpoint, or the stop that was asked for."""
+def _train(plan: Plan, folder: RunFolder, pool: GradingPool, ranks: Ranks) -> None:
+    """The loop over steps; each may end in an evaluation, a checkpoint, or the stop that was asked for.
+
+    All ranks go through it side by side; what is written is written by rank 0.
+    """
     config = plan.config
-    start = folder.latest_step()
+    begun, checkpoint = ranks.broadcast((bool(folder.read_metrics()), folder.latest_checkpoint()))
+    start = 0 if checkpoint is None else step_of(checkpoint)
     with (
-        Trainer(plan, folder, pool) as trainer,
+        Trainer(plan, folder, pool, checkpoint, ranks) as trainer,
         StopRequest() as stop,
-        RunLogs(config, folder.path, start) as logs,
+        RunLogs(config, folder.path, start) if ranks.is_first else nullcontext() as logs,
     ):
         # A run that was stopped before its first checkpoint has this line already.
-        if plan.heldout is not None and start == 0 and not folder.read_metrics():
-            logs.add(folder, 0, trainer.evaluate(0))
+        if plan.heldout is not None and start == 0 and not begun:
+            metrics = trainer.evaluate(0)
+            if logs is not None:
+                logs.add(folder, 0, metrics)
         with console.progress("training", total=plan.total_steps, unit="steps", done=start) as bar:
             for step in range(start + 1, plan.total_steps + 1):
                 result = trainer.step(step)
@@ -294,12 +338,14 @@ def _train(plan: Plan, folder: RunFolder, pool: GradingPool) -> None:
                 last = step == plan.total_steps
                 if plan.heldout is not None and (last or step % config.evaluation.eval_every == 0):
                     metrics |= trainer.evaluate(step)
-                folder.write_rollouts(step, rollout_table(result.rows, run=True))
-                logs.add(folder, step, metrics)
-                bar.advance(1, note=_note(metrics))
-                if last or stop.requested or step % config.run.save_every == 0:
+                if logs is not None:
+                    folder.write_rollouts(step, rollout_table(result.rows, run=True))
+                    logs.add(folder, step, metrics)
+                    bar.advance(1, note=_note(metrics))
+                stopping = ranks.any(stop.requested)
+                if last or stopping or step % config.run.save_every == 0:
                     trainer.save(step)
-                if stop.requested and not last:
+                if stopping and not last:
                     raise Stopped(
                         f"stopped after step {step} of {plan.total_steps}; its checkpoint is in {config.out}",
                         hint="the same command with --resume goes on",

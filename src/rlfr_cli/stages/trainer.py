@@ -21,7 +21,9 @@ from rlfr_cli.artifacts.files import canonical_json, read_json, write_atomically
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.artifacts.run_folder import RunFolder
 from rlfr_cli.engines.generation import Sampling
-from rlfr_cli.engines.single import SingleProcessEngine
+from rlfr_cli.engines.ranks import ALONE, Ranks
+from rlfr_cli.engines.training_engines import open_training_engine
+from rlfr_cli.flow.noise import Key
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import is_accepted
 from rlfr_cli.grading.statistics import mean_with_interval
@@ -41,7 +43,7 @@ from rlfr_cli.rl.metrics import (
 from rlfr_cli.rl.rollouts import Responder
 from rlfr_cli.rl.rounds import draw_until_varied
 from rlfr_cli.rl.schedule import learning_rate_at
-from rlfr_cli.rl.training_batch import BuiltBatch, build_training_batch
+from rlfr_cli.rl.training_batch import BuiltBatch, WholeBatch, build_training_batch, gather_batch
 from rlfr_cli.rl.updating import TrainingBatch, UpdateCounts, update_policy
 from rlfr_cli.stages.common import sampling_of
 from rlfr_cli.stages.generating import EngineOfRun
@@ -92,35 +94,37 @@ class Trainer:
         plan: what `train-rl` has checked.
         folder: the run folder; a resumed one is continued from its last checkpoint.
         pool: graders.
+        checkpoint: the run's last one, to go on from; None for a new run.
+        ranks: the processes that train together. Each draws, grades, measures and learns from its share of the
+            problems; rank 0 alone writes.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder, pool: GradingPool) -> None:
-        self.plan, self.config, self.folder = plan, plan.config, folder
+    def __init__(
+        self, plan: Plan, folder: RunFolder, pool: GradingPool, checkpoint: Path | None, ranks: Ranks = ALONE
+    ) -> None:
+        self.plan, self.config, self.folder, self.ranks = plan, plan.config, folder, ranks
         self.placement = plan.model.placement
-        checkpoint = folder.latest_checkpoint()
         model_folder = plan.model.folder if checkpoint is None else checkpoint / "model"
         self.policy = load_policy(model_folder, self.placement, weights_dtype=torch.float32)
         disable_dropout(self.policy.model)
-        optimiser = self.config.optimiser
-        self.engine = SingleProcessEngine(
+        self.engine = open_training_engine(
             self.policy,
+            ranks,
+            self.config.training,
+            self.config.optimiser,
             stored_dtype=getattr(plan.model.config, "dtype", None) or torch.float32,
-            betas=(optimiser.beta1, optimiser.beta2),
-            weight_decay=optimiser.weight_decay,
-            clip_norm=optimiser.clip_norm,
-            gradient_checkpointing=optimiser.gradient_checkpointing,
         )
         self.reference = self._reference_policy()
         self.generator = EngineOfRun(
             plan.engine.open(self.policy),
-            self.policy,
+            self.engine,
             self.config.correction,
             [entry.prompt_token_ids for entry in plan.problems.prompted],
             stale=checkpoint is not None,
         )
         self.responder = Responder(self.generator.engine, pool, plan.reward)
         self.counts, self.problems_drawn = UpdateCounts(), 0
-        self.online = None if plan.header is None else OnlineFlow(plan, self.policy, checkpoint)
+        self.online = None if plan.header is None else OnlineFlow(plan, self.policy, checkpoint, ranks)
         if checkpoint is not None:
             self._restore(checkpoint)
 
@@ -142,33 +146,28 @@ class Trainer:
         drawn = time.perf_counter()
         weights = self._reference_weights(rows)
         coefficient = coefficient_at(self.config, step, self.plan.total_steps)
-        if self.online is not None:
-            self.online.choose_draws(rows)
-        measured = self._measure(step, rows, weights, coefficient)
-        buffered = self.online.read_buffer() if self.online is not None else []
+        with self.engine.whole_policy():
+            if self.online is not None:
+                self.online.choose_draws(rows)
+            measured = self._measure(step, rows, weights, coefficient)
+            buffered = self.online.read_buffer() if self.online is not None else []
         built = self._build(rows, measured)
         scored = time.perf_counter()
-        gap = measurement_metrics(rows, measured, self._clip(), self.generator.correction or NO_CORRECTION)
-        self.generator.check_gap(gap["engine/kl_to_trainer"] or 0.0)
+        whole = gather_batch(self.ranks, rows, measured, built)
+        measures = self._metrics_of_batch(whole, rounds, coefficient)
+        self.generator.check_gap(self.ranks.broadcast(measures.get("engine/kl_to_trainer") or 0.0))
         self.generator.changed(built.batch.sequences)
         policy_metrics = self._update_policy(step, built.batch)
         updated = time.perf_counter()
         flow_update = self.online.update(step, rows, measured, weights, buffered) if self.online is not None else {}
         finished = time.perf_counter()
 
-        tokens = sum(len(row.response_token_ids) for row in rows)
+        if whole is None:
+            return StepResult({}, [])
+        tokens = sum(len(row.response_token_ids) for row in whole.rows)
         metrics: dict[str, Any] = {
-            **rollout_metrics(rows, self.config.rollout.group_size),
-            "rollout/responses": len(rows),
-            "rollout/sampling_rounds": rounds,
-            "rollout/trained_fraction": sum(built.batch.in_loss) / len(rows),
-            **gap,
-            **advantage_metrics(built.advantages),
+            **measures,
             **policy_metrics,
-            **({} if built.kl_to_reference is None else {"policy/kl_to_reference": built.kl_to_reference}),
-            **flow_metrics(rows, measured),
-            **({"flow/coef": coefficient} if measured.scores else {}),
-            **({"flow/num_draws": self.online.num_draws} if self.online is not None and self.online.num_draws else {}),
             **flow_update,
             "time/sample_s": drawn - started,
             "time/measure_s": scored - drawn,
@@ -177,8 +176,27 @@ class Trainer:
             "time/step_s": finished - started,
             "time/tokens_per_s": tokens / (finished - started),
         }
-        self._annotate(rows, measured, built)
-        return StepResult(metrics, rows)
+        self._annotate(whole)
+        return StepResult(metrics, whole.rows)
+
+    def _metrics_of_batch(self, whole: WholeBatch | None, rounds: int, coefficient: float) -> Metrics:
+        """What is known of the rollout batch of all ranks before training on it; nothing but at rank 0."""
+        if whole is None:
+            return {}
+        rows, measured = whole.rows, whole.measured
+        correction = self.generator.correction or NO_CORRECTION
+        return {
+            **rollout_metrics(rows, self.config.rollout.group_size),
+            "rollout/responses": len(rows),
+            "rollout/sampling_rounds": rounds,
+            "rollout/trained_fraction": whole.in_loss / len(rows),
+            **measurement_metrics(rows, measured, self._clip(), correction),
+            **advantage_metrics(whole.advantages),
+            **({} if whole.kl_to_reference is None else {"policy/kl_to_reference": whole.kl_to_reference}),
+            **flow_metrics(rows, measured),
+            **({"flow/coef": coefficient} if measured.scores else {}),
+            **({"flow/num_draws": self.online.num_draws} if self.online is not None and self.online.num_draws else {}),
+        }
 
     def _draw(self, step: int) -> tuple[list[RolloutRow], int]:
         """The rollout batch, and the rounds it took."""
@@ -195,12 +213,13 @@ class Trainer:
             for index in chosen:
                 first.append(seen[index] * rollout.group_size)
                 seen[index] += 1
+            mine = self._share(count)
             return self.responder.respond(
-                [prompted[index] for index in chosen],
+                [prompted[index] for index in chosen[mine]],
                 rollout.group_size,
                 sampling_of(self.config.sampling),
-                key=(self.config.seed, "rollouts", step, *([round_number] if round_number else [])),
-                first_samples=first,
+                key=(self.config.seed, "rollouts", step, *([round_number] if round_number else []), *self._rank_key()),
+                first_samples=first[mine],
             )
 
         if not rollout.dynamic_sampling:
@@ -210,7 +229,17 @@ class Trainer:
             wanted=rollout.prompts_per_step,
             group_size=rollout.group_size,
             max_rounds=rollout.max_sampling_rounds,
+            total=lambda count: int(self.ranks.sum(torch.tensor(count))),
         )
+
+    def _share(self, count: int) -> slice:
+        """This rank's of so many items in order; shares differ by one at most."""
+        ranks = self.ranks
+        return slice(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
+
+    def _rank_key(self) -> tuple[Key, ...]:
+        """Keeps ranks apart in the hf engine, which has one generator a call; vLLM has one a response."""
+        return () if self.ranks.alone or not self.generator.shares_weights else ("rank", self.ranks.rank)
 
     def _reference_weights(self, rows: list[RolloutRow]) -> list[float]:
         """Weight of each response in the online update, 0 for one that is left out."""
@@ -246,6 +275,7 @@ class Trainer:
             correction=self.generator.correction,
             temperature=self.config.sampling.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,
+            ranks=self.ranks,
         )
 
     def _clip(self) -> tuple[float, float]:
@@ -290,12 +320,14 @@ class Trainer:
             self.counts,
             learning_rate,
             (self.config.seed, "update", step),
+            self.ranks,
         )
 
-    def _annotate(self, rows: list[RolloutRow], measured: Measurement, built: BuiltBatch) -> None:
+    def _annotate(self, whole: WholeBatch) -> None:
         """Put what training computed beside each response."""
-        for index, row in enumerate(rows):
-            row.advantage = built.advantages[index].tolist()
+        measured = whole.measured
+        for index, row in enumerate(whole.rows):
+            row.advantage = whole.advantages[index].tolist()
             row.entropy = measured.entropies[index].tolist()
             row.trainer_logprobs = measured.logprobs[index].tolist()
             row.flow_reward = measured.flow_rewards[index].tolist()
@@ -307,17 +339,21 @@ class Trainer:
     # Evaluation and checkpoints
 
     def evaluate(self, step: int) -> Metrics:
-        """Accuracy on the held-out problems, with its 95 % interval."""
+        """Accuracy on the held-out problems, with its 95 % interval; nothing but at rank 0."""
         assert self.plan.heldout is not None
         started = time.perf_counter()
         evaluation, sampling = self.config.evaluation, sampling_of(self.config.sampling)
         with self.generator.ready():
             rows = self.responder.respond(
-                self.plan.heldout.prompted,
+                self.plan.heldout.prompted[self._share(len(self.plan.heldout.prompted))],
                 evaluation.eval_samples,
                 Sampling(**{**asdict(sampling), "temperature": evaluation.eval_temperature}),
-                key=(self.config.seed, "evaluation", step),
+                key=(self.config.seed, "evaluation", step, *self._rank_key()),
             )
+        parts = self.ranks.gather(rows)
+        if parts is None:
+            return {}
+        rows = [row for part in parts for row in part]
         accepted = [is_accepted(row.grade, row.finish_reason) for row in rows]
         count = evaluation.eval_samples
         estimate = mean_with_interval([accepted[i : i + count] for i in range(0, len(accepted), count)])
@@ -332,10 +368,16 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """Write a checkpoint: a plain model folder, the flow, and what a resumed run needs."""
+        buffers = None if self.online is None else self.ranks.gather(self.online.buffer)
+        if not self.ranks.is_first:
+            # Weights are gathered together, and rank 0 alone writes them.
+            self.engine.save(self.folder.path / "model", self.folder.path / "trainer")
+            self.ranks.barrier()
+            return
         with self.folder.checkpoint(step, keep=self.config.run.keep_checkpoints) as folder:
             self.engine.save(folder / "model", folder / "trainer")
             if self.online is not None:
-                self.online.save(folder, step)
+                self.online.save(folder, step, buffers or [])
             state = {
                 "step": step,
                 "counts": asdict(self.counts),
@@ -343,6 +385,7 @@ class Trainer:
                 "flow": None if self.online is None else self.online.state(),
             }
             write_atomically(folder / "trainer" / STATE, canonical_json(state))
+        self.ranks.barrier()
 
     def _restore(self, checkpoint: Path) -> None:
         self.engine.load(checkpoint / "trainer")

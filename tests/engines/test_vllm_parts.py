@@ -1,0 +1,193 @@
+"""What surrounds vLLM, without it: weights on their way, and what is added to its workers, whose samplers are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from rlfr_cli.config.engine import WeightTransfer
+from rlfr_cli.engines import vllm_weights
+from rlfr_cli.engines.vllm import _all, _LoopThread
+from rlfr_cli.engines.vllm_weights import FileRoute, TransferRoute, open_route, write_files
+from rlfr_cli.engines.vllm_worker import WorkerExtension, read_tensors
+
+TIED = torch.arange(6.0).reshape(2, 3)
+WEIGHTS = [("embed", TIED), ("norm", torch.ones(3) / 3), ("head", TIED), ("column", TIED.t())]
+
+# Weights
+
+
+def test_files_hold_every_tensor_once_in_the_engines_dtype(tmp_path: Path) -> None:
+    files = write_files(WEIGHTS, tmp_path, torch.bfloat16, bytes_per_file=16)
+    assert [Path(file).name for file in files] == ["00000.safetensors", "00001.safetensors"]
+    read = dict(read_tensors(files))
+    assert read.keys() == dict(WEIGHTS).keys()
+    for name, tensor in WEIGHTS:
+        assert torch.equal(read[name], tensor.bfloat16())
+    assert write_files([], tmp_path, torch.float32) == []
+
+
+def test_the_files_are_there_while_they_are_read_and_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_weights, "SHARED_MEMORY", tmp_path)
+    taken: dict[str, torch.Tensor] = {}
+
+    def call(method: str, *, files: list[str]) -> None:
+        assert method == "rlfr_load_weights"
+        assert all(Path(file).is_relative_to(tmp_path) for file in files)
+        taken.update(read_tensors(files))
+
+    FileRoute(call, torch.float32).send(WEIGHTS)
+    assert torch.equal(taken["norm"], WEIGHTS[1][1])
+    assert list(tmp_path.iterdir()) == []
+
+    def fail(method: str, *, files: list[str]) -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        FileRoute(fail, torch.float32).send(WEIGHTS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_transfer_has_its_route() -> None:
+    def route(transfer: WeightTransfer) -> object:
+        return open_route(transfer, lambda *_: None, torch.float32, 2, None)
+
+    assert isinstance(route(WeightTransfer.FILE), FileRoute)
+    for transfer in (WeightTransfer.IPC, WeightTransfer.NCCL):
+        opened = route(transfer)
+        assert isinstance(opened, TransferRoute)
+        assert opened.transfer is transfer
+
+
+def worker(load: Callable[[dict[str, torch.Tensor]], set[str] | None], quantization: str | None = None) -> Any:
+    """As much of vLLM's worker as loading touches: ``reload_weights`` calls the model's ``load_weights``."""
+
+    class Model(torch.nn.Linear):
+        def load_weights(self, weights: Any) -> set[str] | None:
+            return load(dict(weights))
+
+    model = Model(2, 2)
+
+    def reload_weights(weights_iterator: Any) -> None:
+        model.load_weights(weights_iterator)
+
+    return SimpleNamespace(
+        get_model=lambda: model,
+        reload_weights=reload_weights,
+        model_config=SimpleNamespace(quantization=quantization),
+    )
+
+
+def test_parameters_that_no_weight_filled_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlfr_cli.engines.vllm_worker.pack_output_head", lambda model: None)
+    files = write_files([("weight", torch.ones(2, 2)), ("bias", torch.ones(2))], tmp_path, torch.float32)
+    whole = worker(lambda weights: set(weights))
+    WorkerExtension.rlfr_load_weights(whole, files)
+    assert "load_weights" not in vars(whole.get_model()), "the class's own method is back"
+    with pytest.raises(ValueError, match="lack 1 of 2 parameters, such as bias"):
+        WorkerExtension.rlfr_load_weights(worker(lambda weights: {"weight"}), files)
+    with pytest.raises(ValueError, match="lack 2 of 2"):
+        WorkerExtension.rlfr_load_weights(worker(lambda weights: None), files)
+    WorkerExtension.rlfr_load_weights(worker(lambda weights: None, quantization="fp8"), files)
+
+
+# Log-probabilities before top-k and top-p
+
+
+LOGITS = torch.tensor([[3.0, 1.0, 2.0, 0.0]])
+
+
+def keep_the_likeliest(logits: torch.Tensor) -> torch.Tensor:
+    return logits.masked_fill_(logits < logits.max(), -torch.inf)  # in place, as vLLM's filters do
+
+
+def test_the_first_sampler_returns_logprobs_from_before_the_filters() -> None:
+    seen = []
+
+    def draw(logits: torch.Tensor, generators: dict[int, Any], k: Any, p: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((generators, k, p))
+        kept = keep_the_likeliest(logits)
+        return kept.argmax(-1), kept.log_softmax(-1)
+
+    sampler = SimpleNamespace(topk_topp_sampler=SimpleNamespace(forward=draw))
+    WorkerExtension.rlfr_record_unfiltered_logprobs(SimpleNamespace(model_runner=SimpleNamespace(sampler=sampler)))
+    tokens, logprobs = sampler.topk_topp_sampler.forward(LOGITS.clone(), {0: "g"}, 1, None)
+    assert tokens.tolist() == [0]
+    torch.testing.assert_close(logprobs, LOGITS.log_softmax(-1))
+    assert seen == [({0: "g"}, 1, None)]
+
+
+def test_the_second_sampler_returns_logits_from_before_the_filters() -> None:
+    def draw(logits: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        assert others == ("mapping", 1, None)
+        kept = keep_the_likeliest(logits)
+        return kept.argmax(-1), kept
+
+    sampler = SimpleNamespace(_sample_random=draw)
+    WorkerExtension.rlfr_record_unfiltered_logprobs(SimpleNamespace(model_runner=SimpleNamespace(sampler=sampler)))
+    tokens, logits = sampler._sample_random(LOGITS.clone(), "mapping", 1, None)
+    assert tokens.tolist() == [0]
+    assert torch.equal(logits, LOGITS)
+
+
+def test_a_worker_without_a_sampler_has_nothing_to_change() -> None:
+    WorkerExtension.rlfr_record_unfiltered_logprobs(SimpleNamespace(model_runner=SimpleNamespace(sampler=None)))
+
+
+# The event loop
+
+
+def test_results_come_in_order_and_the_first_failure_ends_the_others() -> None:
+    loop = _LoopThread()
+    cancelled: list[str] = []
+
+    async def wait(seconds: float, name: str) -> str:
+        try:
+            await asyncio.sleep(seconds)
+        except asyncio.CancelledError:
+            cancelled.append(name)
+            raise
+        return name
+
+    async def fail() -> str:
+        await asyncio.sleep(0.01)
+        raise ValueError("broken")
+
+    assert loop.run(_all([wait(0.02, "slow"), wait(0.0, "quick")])) == ["slow", "quick"]
+    assert loop.run(_all([])) == []
+    with pytest.raises(ValueError, match="broken"):
+        loop.run(_all([wait(60, "long"), fail()]))
+    assert cancelled == ["long"]
+    loop.close()
+
+
+def test_ctrl_c_cancels_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = _LoopThread()
+    ended = threading.Event()
+
+    async def long() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    def interrupted(self: Any, timeout: float | None = None) -> None:
+        time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("concurrent.futures.Future.result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(long())
+    assert ended.wait(5)
+    loop.close()

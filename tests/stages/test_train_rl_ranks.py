@@ -1,0 +1,106 @@
+"""`train-rl` in several processes (plain PyTorch, gloo): what one process gives, and one flow on all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlfr_cli.artifacts.flow_file import read_flow
+from rlfr_cli.artifacts.rollouts import iter_rollouts
+from stages.tiny_stages import TinyArtifacts, rows_of_metrics
+
+SCRIPT = Path(__file__).parent / "ranks_script.py"
+
+
+def train(tiny: TinyArtifacts, out: Path, processes: int, steps: int = 2, **options: Any) -> str:
+    """A run in so many processes; returns what they said."""
+    command = [sys.executable, str(SCRIPT)]
+    if processes > 1:
+        launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+        command = [sys.executable, *launcher, str(SCRIPT)]
+        options = {**options, "training": {"zero_stage": 0, **options.get("training", {})}}
+    given = [tiny.policy, tiny.problems, tiny.flow, out, steps, json.dumps(options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    done = subprocess.run(
+        [*command, *map(str, given)], env=environment, capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step-{step:06d}" / "model" / "model.safetensors")
+
+
+def assert_same_training(one: Path, two: Path, base: Path, step: int) -> None:
+    """Losses to 1e-5, weights to 1e-4 of the update, and the same responses in the same order."""
+    for mine, theirs in zip(rows_of_metrics(one), rows_of_metrics(two), strict=True):
+        for name in ("policy/loss", "policy/gradient_norm", "rollout/reward", "advantage/std", "policy/ratio_max"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
+    a, b, start = weights_of(one, step), weights_of(two, step), load_file(base / "model.safetensors")
+    update = sum(float((a[name] - start[name].float()).square().sum()) for name in a) ** 0.5
+    gap = sum(float((a[name] - b[name]).square().sum()) for name in a) ** 0.5
+    assert update > 0
+    assert gap <= 1e-4 * update, gap / update
+    for number in range(1, step + 1):
+        rows = [list(iter_rollouts(run / "rollouts" / f"step-{number:06d}")) for run in (one, two)]
+        assert [row.response_token_ids for row in rows[0]] == [row.response_token_ids for row in rows[1]]
+        for mine, theirs in zip(*rows, strict=True):
+            assert mine.advantage == pytest.approx(theirs.advantage, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    """Three groups over two processes, minibatches that cut across them, and whitening over both."""
+    options = {"policy_loss": {"estimator": "reinforce-baseline"}}
+    said = [train(tiny, tmp_path / str(count), count, **options) for count in (1, 2)]
+    assert_same_training(tmp_path / "1", tmp_path / "2", tiny.policy, 2)
+    # Rank 0 speaks for both.
+    assert said[1].count("training for 2 steps") == 1
+    # A resumed run may have another number of processes.
+    train(tiny, tmp_path / "2", 1, steps=3, resume=True, **options)
+    train(tiny, tmp_path / "1", 1, steps=3, resume=True, **options)
+    assert_same_training(tmp_path / "1", tmp_path / "2", tiny.policy, 3)
+
+
+@pytest.mark.slow
+def test_the_flow_learns_from_the_accepted_responses_of_all_processes(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    """A run itself checks after each update that all processes hold the same flow."""
+    options: dict[str, Any] = {"online": {"online_steps": 1, "buffer_responses": 4}}
+    for count in (1, 2):
+        train(tiny, tmp_path / str(count), count, **options)
+    one, two = (rows_of_metrics(tmp_path / str(count)) for count in (1, 2))
+    assert [line["flow/accepted_fraction"] for line in one] == [line["flow/accepted_fraction"] for line in two]
+    for mine, theirs in zip(one, two, strict=True):
+        # Noise differs between one process and two, and is averaged over a few hundred tokens.
+        assert mine["flow/loss"] == pytest.approx(theirs["flow/loss"], rel=0.15)
+    before = read_flow(tiny.flow)[1]
+    after = read_flow(tmp_path / "2" / "checkpoints" / "step-000002" / "flow.safetensors")[1]
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.slow
+def test_dynamic_sampling_counts_the_groups_of_all_processes(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    rollout = {"dynamic_sampling": True, "max_sampling_rounds": 3, "uniform_groups": "drop"}
+    for count in (1, 2):
+        train(tiny, tmp_path / str(count), count, steps=1, rollout=rollout)
+    one, two = (rows_of_metrics(tmp_path / str(count))[0] for count in (1, 2))
+    for name in ("rollout/responses", "rollout/sampling_rounds", "rollout/trained_fraction", "rollout/reward"):
+        assert one[name] == two[name]
+
+
+@pytest.mark.engines
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_one_process_does(stage: int, tiny: TinyArtifacts, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; tests/run.sh --engines installs it")
+    train(tiny, tmp_path / "1", 1)
+    train(tiny, tmp_path / "2", 2, training={"zero_stage": stage})
+    assert_same_training(tmp_path / "1", tmp_path / "2", tiny.policy, 2)
