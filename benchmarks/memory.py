@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py
 
 Runs the project's own code on a random model of SmolLM2-135M's sizes (or those of --config) and a flow of its hidden
-size: reading, two micro-batches and an optimiser step of training, drawing, a step of fit-flow, scoring. Counted are the
-bytes that tensors take at most, weights and moments included: on a CPU the allocations that torch's profiler records,
-on a GPU (--device cuda) torch.cuda.max_memory_allocated. What the whole process takes is printed apart.
+size: reading, two micro-batches and an optimiser step of training, drawing, a step of fit-flow, scoring. Counted are
+the bytes that tensors take at most, weights and moments included: on a CPU the allocations that torch's profiler
+records, on a GPU (--device cuda) torch.cuda.max_memory_allocated. What the whole process takes is printed apart.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from rlfr_cli import __version__, console
 from rlfr_cli.cli import RUN_OPTIONS, app
 from rlfr_cli.config.commands import COMMANDS
-from rlfr_cli.config.fields import leaf_options
+from rlfr_cli.config.fields import default_text, leaf_options
 from rlfr_cli.errors import ConfigError, InputError, Stopped, WorkError
 
 SAMPLE = ["sample", "--model", "m", "--data", "d"]
@@ -110,7 +110,8 @@ def test_help_shows_every_flag_and_default(name: str) -> None:
         assert leaf.name in result.output
     has_required = any(leaf.required for leaf in leaf_options(COMMANDS[name].config))
     assert ("[required]" in result.output) == has_required
-    assert "[default: 0]" in result.output
+    shown = [default_text(leaf) for leaf in leaf_options(COMMANDS[name].config)]
+    assert all(f"[default: {default}]" in result.output for default in shown if default)
 
 
 def test_flags_reach_the_config(call: Callable[..., Any]) -> None:
@@ -353,3 +354,16 @@ def test_a_bad_config_from_python_is_the_same_error() -> None:
 
     with pytest.raises(ConfigError, match="--seed must be an integer, at least 0, got -1"):
         SampleConfig(model="m", problems=ProblemsConfig(data="d"), seed=-1)
+
+
+@pytest.mark.parametrize("command", ["fit-flow", "diagnose"])
+def test_a_command_of_one_process_is_refused_in_several(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {
+        "fit-flow": ["fit-flow", "latents"],
+        "diagnose": ["diagnose", "--flow", "f", "--model", "m", "--rollouts", "r"],
+    }
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(app, arguments[command])
+    assert result.exit_code == 2
+    assert f"rlfr {command} runs in one process, and torchrun has started 2" in result.stderr

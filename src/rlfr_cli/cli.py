@@ -24,10 +24,11 @@ from rlfr_cli.config.commands import COMMANDS, Command
 from rlfr_cli.config.fields import LeafOption, StageConfig, default_text
 from rlfr_cli.config.presets import PRESETS
 from rlfr_cli.config.recipe import resolve
-from rlfr_cli.errors import RlfrError
+from rlfr_cli.errors import ConfigError, RlfrError
 from rlfr_cli.ranks import rank_of, take_part
 from rlfr_cli.report.tables import Drawing
 
+TRAINS_TOGETHER = ("train-rl",)  # in several processes that tell each other what they do
 RUN_PANEL = "Recipe and output"
 RUN_OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "config": (Path, ("--config", "-c"), "Recipe: a TOML file with a table per command. Flags override it."),
@@ -99,7 +100,7 @@ def _add_stage(name: str, command: Command) -> None:
             console.set_quiet(bool(given["quiet"]))
             flags = {leaf.path: given[key] for key, leaf in leaves.items() if given[key] is not None}
             config = resolve(command.config, command=name, flags=flags, recipe=given["config"], preset=given["preset"])
-            config = _share_out(config)
+            config = _share_out(name, config)
             whole = {"recipe": given["config"], "preset": given["preset"]} if command.reads_recipe else {}
             summary = importlib.import_module(command.stage).run(config, **whole)
             if not summary:
@@ -115,9 +116,18 @@ def _add_stage(name: str, command: Command) -> None:
     app.command(name, help=command.help)(run)
 
 
-def _share_out(config: StageConfig) -> StageConfig:
-    """Under torchrun or srun, the config of this rank's part of the work."""
+def _share_out(name: str, config: StageConfig) -> StageConfig:
+    """Under torchrun or srun, the config of this rank's part of the work.
+
+    Raises:
+        ConfigError: the command runs in one process, and several would write the same files.
+    """
     rank = rank_of(os.environ)
+    if rank is not None and not hasattr(config, "part") and name not in TRAINS_TOGETHER:
+        raise ConfigError(
+            f"rlfr {name} runs in one process, and {rank.launcher} has started {rank.count}",
+            hint=f"start it without {rank.launcher}",
+        )
     shared: Any = config if rank is None else take_part(config, rank)
     if rank is not None and shared is not config:
         console.log(

@@ -138,6 +138,7 @@ def test_arguments_on_a_cpu(model: Model, arguments: dict[str, Any], monkeypatch
     assert arguments["enable_prefix_caching"]
     assert arguments["enforce_eager"]
     assert arguments["kv_cache_memory_bytes"] == 2**31
+    assert arguments["enable_chunked_prefill"] is False
     assert not arguments.keys() & {"max_num_seqs", "gpu_memory_utilization", "device_ids", "enable_sleep_mode"}
     choose_engine(vllm, SamplingConfig(max_new_tokens=600), on(model, CPU_BF16), PROMPTS, sleeps=True)
     assert arguments["max_model_len"] == 512
@@ -156,7 +157,7 @@ def test_arguments_on_a_gpu(model: Model, arguments: dict[str, Any]) -> None:
         gpu_memory_share=0.4,
         prefix_caching=False,
         max_num_seqs=7,
-        engine_arg=("kv_cache_dtype=fp8",),
+        engine_arg=("kv_cache_dtype=fp8", "enable_chunked_prefill=true"),
     )
     choice = choose_engine(
         config, SamplingConfig(), on(model, GPU), PROMPTS, sleeps=True, weight_transfer=WeightTransfer.NCCL
@@ -172,6 +173,7 @@ def test_arguments_on_a_gpu(model: Model, arguments: dict[str, Any]) -> None:
         "enable_sleep_mode": True,
         "weight_transfer_config": {"backend": "nccl"},
         "kv_cache_dtype": "fp8",
+        "enable_chunked_prefill": True,
     }
     assert {key: arguments[key] for key in expected} == expected
     assert not arguments.keys() & {"enforce_eager", "kv_cache_memory_bytes", "device_ids"}
@@ -207,6 +209,7 @@ def test_one_named_gpu_is_used_and_is_too_few_for_several(model: Model, argument
             "--tensor",
         ),
         ("max_num_seqs=4", "max_num_seqs=4: rlfr sets max_num_seqs itself, here to the default", "--max-num-seqs"),
+        ("enable_chunked_prefill=true", "here to False", "leave it out"),
         ("logprobs_mode=raw_logprobs", "here to processed_logprobs", "leave it out"),
         ('speculative_config={"method": "ngram"}', "guessed ahead", "leave it out"),
     ],

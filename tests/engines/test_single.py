@@ -136,3 +136,19 @@ def test_bfloat16_compute_gives_float32_gradients(model_folders: ModelFolders) -
     engine = make_engine(model_folders.policy(placement=CPU_BF16))
     engine.backward(response_logprobs(engine.policy, SEQUENCES, 1.0)[0].sum())
     assert {p.grad.dtype for p in engine.policy.model.parameters()} == {torch.float32}
+
+
+def test_one_process_needs_nothing_around_a_pass_and_has_nobody_to_keep_up_with(model_folders: ModelFolders) -> None:
+    engine = make_engine(model_folders.policy())
+    assert engine.run(lambda: "result") == "result"
+    engine.idle_backward(last=True)
+    assert all(parameter.grad is None for parameter in engine.policy.model.parameters())
+    with engine.whole_policy():
+        assert_same(dict(engine.named_weights()), weights(engine))
+
+
+def test_named_weights_name_a_tied_weight_once(model_folders: ModelFolders) -> None:
+    tied, untied = (make_engine(model_folders.policy(tied=tied)) for tied in (True, False))
+    assert {name for name, _ in untied.named_weights()} - {name for name, _ in tied.named_weights()} == {
+        "lm_head.weight"
+    }

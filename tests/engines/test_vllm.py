@@ -152,6 +152,16 @@ def test_a_seed_belongs_to_key_problem_and_sample(engine: VllmEngine, requests: 
     assert [g.token_ids for g in generate(engine, sampling, requests[:2], key=(0, 3))] == tokens[:2]
 
 
+def test_more_prompts_than_one_step_reads(engine: VllmEngine, policy: Policy) -> None:
+    """8,000 tokens of prompts, where vLLM on a CPU reads 4,096 in a step."""
+    prompts = [tuple(5 + (i + 3 * place) % 20 for place in range(100)) for i in range(20)]
+    many = [GenerationRequest(prompt, str(i), j) for i, prompt in enumerate(prompts) for j in range(4)]
+    sampling = Sampling(max_new_tokens=12)
+    drawn = generate(engine, sampling, many)
+    assert_logprobs(policy, many[::9], drawn[::9], 1.0)
+    assert [g.token_ids for g in generate(engine, sampling, many[::-1])][::-1] == [g.token_ids for g in drawn]
+
+
 # Where responses end
 
 

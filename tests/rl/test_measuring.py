@@ -19,7 +19,7 @@ from rlfr_cli.policy.forward import forward_batches
 from rlfr_cli.policy.loading import Policy
 from rlfr_cli.rl.measuring import Measurement, flow_rewards, measure, sequences_of
 from rlfr_cli.rl.token_scores import random_scores
-from tiny_policies import HIDDEN, ModelFolders, rollout_rows, tiny_flow
+from tiny_policies import CPU_BF16, HIDDEN, ModelFolders, rollout_rows, tiny_flow
 
 ROWS = rollout_rows([(4, 9), (7, 20), (3, 12), (5, 1), (6, 7), (2, 2)])
 REWARD = FlowRewardConfig(timestep=(0.5, 0.8), num_draws=2)
@@ -123,6 +123,12 @@ def test_latents_are_kept_of_the_responses_asked_for(model_folders: ModelFolders
         alone = next(forward_batches(policy, sequences_of([ROWS[index]]), temperature=1.0, tapped=(1, 2)))
         assert_close([latents], alone.latents)
         assert not latents.requires_grad
+
+
+def test_kept_latents_have_the_compute_dtype(model_folders: ModelFolders) -> None:
+    policy = model_folders.policy(placement=CPU_BF16)
+    kept = measured(policy, tiny_flow(), keep_latents=[True] * len(ROWS)).latents
+    assert {latents.dtype for latents in kept.values()} == {torch.bfloat16}
 
 
 def test_without_a_flow_there_are_logprobs_and_zero_rewards(model_folders: ModelFolders) -> None:

@@ -160,8 +160,11 @@ def test_a_new_flow_pays_nothing_until_its_warm_up_is_over(tiny: TinyArtifacts, 
 
 
 @pytest.mark.parametrize("source", [ScoreSource.LIKELIHOOD, ScoreSource.ENTROPY])
-def test_baselines_pay_without_a_flow(source: ScoreSource, tiny: TinyArtifacts, tmp_path: Path) -> None:
+def test_baselines_pay_without_a_flow(
+    source: ScoreSource, tiny: TinyArtifacts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     metrics, rows = one_step(tiny, tmp_path, scores=source)
+    assert f"tokens are paid by their {source}" in capsys.readouterr().err
     assert metrics["flow/coef"] == 0.01
     assert "flow/deviation" not in metrics
     for row in rows:

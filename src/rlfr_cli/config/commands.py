@@ -39,12 +39,6 @@ class Command:
 
 
 COMMANDS: dict[str, Command] = {
-    "plan": Command(
-        PlanConfig,
-        "rlfr_cli.stages.plan",
-        "Estimate what a recipe would take of GPU memory, disk and hours, and which option would make it fit.",
-        reads_recipe=True,
-    ),
     "sample": Command(
         SampleConfig,
         "rlfr_cli.stages.sample",
@@ -79,5 +73,11 @@ COMMANDS: dict[str, Command] = {
         EvalConfig,
         "rlfr_cli.stages.evaluate",
         "Measure a policy's accuracy and pass@k on problems: writes results.",
+    ),
+    "plan": Command(
+        PlanConfig,
+        "rlfr_cli.stages.plan",
+        "Estimate what a recipe would take of GPU memory, disk and hours, and which option would make it fit.",
+        reads_recipe=True,
     ),
 }

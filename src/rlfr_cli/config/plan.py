@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rlfr_cli.config.engine import EngineName
 from rlfr_cli.config.fields import StageConfig, option
-from rlfr_cli.errors import ConfigError
 
 PLANNED = ("sample", "extract-latents", "fit-flow", "score", "train-rl", "eval")
 WORK, LAYOUT, GPUS = "Work", "Layout", "GPUs"
@@ -30,8 +29,8 @@ class PlanConfig(StageConfig):
     gpu_memory: float = option(80.0, help="GB of one GPU.", panel=GPUS, exclusive_minimum=0)
     process_memory: float = option(
         2.0,
-        help="GB of one GPU that are no tensors: CUDA's context, workspaces of libraries, what an allocator cannot reuse. "
-        "A guess.",
+        help="GB of one GPU that are no tensors: CUDA's context, workspaces of libraries, what an allocator cannot "
+        "reuse. A guess.",
         panel=GPUS,
         minimum=0,
     )
@@ -63,7 +62,7 @@ class PlanConfig(StageConfig):
     prompt_tokens: int = option(256, help="Tokens of a prompt.", panel=WORK, minimum=1)
     response_tokens: int | None = option(
         None,
-        help="Tokens of a response on average; --max-new-tokens by default. A batch in memory is of full length always.",
+        help="Tokens of a response on average; --max-new-tokens by default. A batch in memory is of full length.",
         panel=WORK,
         minimum=1,
     )
@@ -79,19 +78,12 @@ class PlanConfig(StageConfig):
     )
     zero: int | None = option(
         None,
-        help="ZeRO stage of train-rl; by default 2 with several GPUs, and 0 (plain PyTorch) with one.",
+        help="ZeRO stage of train-rl, in place of the recipe's; by default 2 with several GPUs, and 0 with one.",
         flag="--zero-stage",
         panel=LAYOUT,
         minimum=0,
         maximum=3,
     )
     offload_optimiser: bool = option(
-        False, help="Keep train-rl's optimiser state in main memory (DeepSpeed).", panel=LAYOUT
+        False, help="Keep train-rl's optimiser state in main memory, whatever the recipe says.", panel=LAYOUT
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tensor_parallel is not None and self.engine is EngineName.HF:
-            raise ConfigError("--tensor-parallel-size is an option of vLLM, and --engine hf does not use it")
-        if self.zero == 0 and self.offload_optimiser:
-            raise ConfigError("--offload-optimiser needs DeepSpeed, which --zero-stage 0 does without")

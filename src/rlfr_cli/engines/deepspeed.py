@@ -153,12 +153,14 @@ class DeepSpeedEngine:
         """Inside, ``policy.model`` holds whole weights on every rank, and each may run it by itself."""
         if self._hooks is None:
             yield
-            return
-        from deepspeed.runtime.zero import GatheredParameters
+        else:
+            from deepspeed.runtime.zero import GatheredParameters
 
-        self._hooks.let_go_of_head()
-        with GatheredParameters(list(self._parameters.values())), self._hooks.removed():
-            yield
+            self._hooks.let_go_of_head()
+            with GatheredParameters(list(self._parameters.values())), self._hooks.removed():
+                yield
+        # Ranks may have worked unequally long; DeepSpeed's own collectives wait for ten minutes at most.
+        self.ranks.barrier()
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each parameter's name and whole float32 weights, gathered one after the other; a tied one comes once."""

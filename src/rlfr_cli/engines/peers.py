@@ -3,7 +3,8 @@
 Whoever waits for a dead process in NCCL waits until the collective's time is up, and that must be long, since a healthy
 process may write a checkpoint or draw responses for many minutes. So every process holds a connection to rank 0 for
 nothing but its end: the kernel closes it when the process dies, whatever the process was doing. Rank 0 then tells the
-others which rank it was, and each of them ends with a message and exit code 1. A rank that leaves in order says so.
+others which rank it was. Each of them says so, and ends with exit code 1 unless it ends by itself within a few seconds,
+as it does where all ranks meet the same error. A rank that leaves in order says so.
 
 On the wire: a rank greets with the token that rank 0 broadcast and its number in 4 bytes; afterwards either side sends
 one number in 4 bytes: its own before leaving in order, or, from rank 0 only, that of the dead.
@@ -18,11 +19,13 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
 NUMBER = struct.Struct("!I")
 TOKEN_BYTES = 16
+GRACE_S = 5.0
 # A machine without power closes nothing: after 15 s of silence the kernel asks three times, 5 s apart.
 KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -87,7 +90,7 @@ class PeerWatch:
                     selector.unregister(key.fileobj)
 
     def _end(self, dead: int) -> None:
-        """End this process; the main thread is in a collective that will not return."""
+        """End this process, whose main thread may be in a collective that will not return."""
         for peer, connection in self._connections.items():
             if self.rank == 0 and peer != dead and peer not in self._left:
                 try:
@@ -96,10 +99,11 @@ class PeerWatch:
                     continue
         print(
             f"error: rank {dead} of {self.world_size} has ended before its work was done; rank {self.rank} ends too\n\n"
-            f"hint: what rank {dead} said last is above, or in its own log; a run goes on with --resume",
+            f"hint: what rank {dead} said last is above, or in its own log; `rlfr train-rl --resume` goes on",
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(GRACE_S)
         os._exit(1)
 
 

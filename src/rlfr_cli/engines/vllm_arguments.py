@@ -105,6 +105,8 @@ def vllm_arguments(
         "device_ids": _device_ids(placement, config),
         "enable_sleep_mode": True if sleeps and not on_cpu else None,
         "weight_transfer_config": None if weight_transfer is WeightTransfer.FILE else {"backend": str(weight_transfer)},
+        # A prompt read in pieces rewinds the generator of its seed, which a CPU's cannot: vLLM 0.32 dies of it there.
+        "enable_chunked_prefill": False if on_cpu else None,
     }
     given = parse_engine_args(config.engine_arg)
     for key, value in given.items():
@@ -137,10 +139,11 @@ def _refuse_own(key: str, value: Any, own: Mapping[str, Any]) -> None:
             "policy has not been checked",
             hint="leave it out",
         )
-    if key in own:
-        option = OPTIONS.get(key)
+    option = OPTIONS.get(key)
+    if option is not None or own.get(key) is not None:
+        ours = "the default of vLLM" if own[key] is None else own[key]
         raise ConfigError(
-            f"--engine-arg {key}={value}: rlfr sets {key} itself, here to {own[key] or 'the default of vLLM'}",
+            f"--engine-arg {key}={value}: rlfr sets {key} itself, here to {ours}",
             hint=f"use {option}" if option else "leave it out",
         )
 
@@ -179,6 +182,7 @@ def check_arguments(arguments: Mapping[str, Any], placement: Placement) -> VllmS
     with within(start_environment(arguments, placement.device.type == "cpu")):
         from vllm import AsyncEngineArgs
         from vllm.platforms import current_platform
+        from vllm.usage.usage_lib import UsageContext
 
         if current_platform.device_type != placement.device.type:
             raise ConfigError(
@@ -192,7 +196,8 @@ def check_arguments(arguments: Mapping[str, Any], placement: Placement) -> VllmS
                 hint="its arguments are those of `vllm serve`, with underscores for dashes",
             )
         try:
-            config = AsyncEngineArgs(**arguments).create_engine_config()
+            # The context of vLLM's own offline class, whose batches are larger than a server's.
+            config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
         except (ValueError, TypeError, NotImplementedError) as error:  # pydantic's errors are ValueErrors
             raise ConfigError(
                 f"vLLM refuses its arguments: {str(error).strip()}", hint="see --engine-arg, or use --engine hf"

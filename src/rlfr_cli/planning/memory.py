@@ -1,11 +1,11 @@
 """Bytes that a policy's tensors take while it is read, trained and sampled from.
 
 What is kept for the backward pass follows the operations of a decoder block as transformers writes them (RMSNorm in
-float32, rotary embedding, scaled dot product attention, gated MLP), with w bytes a weight and c bytes a computed number:
+float32, rotary embedding, scaled dot product attention, gated MLP), with w bytes a weight and c a computed number:
 
-* a block keeps, a token: (4 + 4) bytes of D for each norm; what its matrices read, c D each time a cast is made (five
-  times under autocast, which casts once for each matrix, and twice otherwise); c (2 Hd + 2 Kd) of attention, 4 H of its
-  sums; 4 c I of the MLP. With gradient checkpointing it keeps its input, w D, and the rest for one block at a time.
+* a block keeps, a token: (4 + w) D for each norm, its input in float32 and what it normed; c D for what its matrices
+  read, twice, or five times under autocast, which casts once for each matrix; c (2 Hd + 2 Kd) of attention, and 4 H of
+  its sums; 4 c I of the MLP. With gradient checkpointing it keeps its input, w D, and the rest for one block at a time.
 * under autocast every matrix has a copy of c bytes a weight (``casts``) while a pass of the blocks lasts, in the
   backward pass too, and with gradient checkpointing in the forward pass alone.
 * float32 logits exist for a chunk of tokens: three numbers each in a forward pass, five in a backward pass, which also

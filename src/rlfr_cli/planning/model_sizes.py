@@ -54,7 +54,6 @@ class ModelSizes:
         query_size, key_size: of all heads together; values are as large as keys.
         biases: of one block.
         stored_bytes: of a weight on disk.
-        context_length: None where the config names none.
     """
 
     family: str
@@ -72,7 +71,6 @@ class ModelSizes:
     head_norms: bool
     norms: int
     stored_bytes: int
-    context_length: int | None
 
     @property
     def block_matrices(self) -> int:
@@ -165,5 +163,4 @@ def model_sizes(config: Mapping[str, Any]) -> ModelSizes:
         head_norms=family.head_norms,
         norms=family.norms,
         stored_bytes=DTYPE_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 4),
-        context_length=config.get("max_position_embeddings"),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 
-from rlfr_cli.config.train_rl import TrainRlConfig
 from rlfr_cli.flow.matching import DEFAULT_TOKENS_PER_CHUNK
 from rlfr_cli.planning.flow_sizes import FlowSizes
 from rlfr_cli.planning.memory import MicroBatch, Parts, Phase, add, largest, reading, updating
@@ -29,22 +28,20 @@ def plan_training(setting: Setting) -> StagePlan:
 
 def state_of(setting: Setting) -> TrainingState:
     """Weights, moments and gradients of one GPU."""
-    plan = setting.plan
+    config = setting.recipe.train
     return training_state(
         setting.model,
-        setting.numbers(setting.recipe.train, trains=True),
+        setting.numbers(config, trains=True),
         zero_stage(setting),
-        plan.gpus,
-        offload=plan.offload_optimiser,
+        setting.plan.gpus,
+        offload_optimiser=config.training.offload_optimiser,
+        offload_parameters=config.training.offload_parameters,
     )
 
 
 def zero_stage(setting: Setting) -> int:
-    """The stage asked for, or the one that train-rl takes by itself."""
-    plan = setting.plan
-    if plan.zero is not None:
-        return plan.zero
-    return 2 if plan.gpus > 1 or plan.offload_optimiser else 0
+    """What train-rl shares out, with one process a GPU."""
+    return setting.recipe.train.training.resolve_stage(setting.plan.gpus)
 
 
 def longest_response(setting: Setting) -> int:
@@ -68,10 +65,10 @@ def _phases(setting: Setting, flow: FlowSizes | None) -> tuple[Phase, ...]:
         learns = config.online.online_steps > 0
         resting = add(resting, {"flow": (12 if learns else 4) * flow.parameters})
         tokens = responses * (setting.response_tokens(config.sampling.max_new_tokens) + config.network.shift)
-        kept = tokens + config.online.buffer_responses * longest_response(setting)
+        kept = tokens + config.online.buffer_responses / gpus * longest_response(setting)
         latents = {"latents": flow.latents_bytes(kept, numbers.weight) if learns else 0.0}
     draws = drawing(setting, config, numbers, responses, config.rollout.group_size)
-    alone = {"weights": 0 if setting.uses_vllm(config.generation) else state.whole}
+    whole = {"weights": state.whole}
     whole_batch, batch = micro_batch(setting, responses), micro_batch(setting, _minibatch(setting))
     reads = [reading(model, numbers, whole_batch, model.num_blocks).parts]
     if flow is not None:
@@ -83,14 +80,16 @@ def _phases(setting: Setting, flow: FlowSizes | None) -> tuple[Phase, ...]:
     gradients = {"gradients": state.gradients}
     update = updating(model, numbers, batch, checkpointing=config.optimiser.gradient_checkpointing)
     phases = [
-        Phase("generate", add(resting, alone, draws)),
-        largest("measure", *(add(after, read) for read in reads)),
+        Phase("generate", add(resting, whole, draws)),
+        largest("measure", *(add(after, whole, read) for read in reads)),
         Phase("update", add(after, gradients, update.parts)),
         Phase("optimiser step", add(after, gradients, {"optimiser": state.stepping})),
     ]
     if flow is not None and config.online.online_steps > 0:
-        noise = flow.fitting_bytes(kept, DEFAULT_TOKENS_PER_CHUNK, casts=numbers.compute < 4)
-        phases.append(Phase("flow update", add(after, latents, {"flow": 4 * flow.parameters + noise})))
+        # Passes of a chunk with all its tokens' noise; afterwards sums over ranks, or the step of all weights at once.
+        passes = flow.fitting_bytes(kept, DEFAULT_TOKENS_PER_CHUNK, casts=numbers.compute < 4)
+        fitting = 4 * flow.parameters + max(passes, (8 if gpus > 1 else 4) * flow.parameters)
+        phases.append(Phase("flow update", add(after, latents, {"flow": fitting})))
     return tuple(phases)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlfr_cli.config.common import CommonConfig, ComputeDtype, ProblemsConfig
-from rlfr_cli.config.engine import EngineConfig, EngineName
 from rlfr_cli.config.evaluate import EvalConfig
 from rlfr_cli.config.extract_latents import ExtractLatentsConfig
 from rlfr_cli.config.fit_flow import FitFlowConfig
@@ -57,14 +56,6 @@ class Setting:
         """Expected tokens of a response that may have so many."""
         return min(self.plan.response_tokens or most, most)
 
-    def uses_vllm(self, config: EngineConfig) -> bool:
-        if self.plan.engine is None and self.plan.tensor_parallel is not None:
-            return True
-        return (self.plan.engine or config.engine) is not EngineName.HF
-
-    def tensor_parallel(self, config: EngineConfig) -> int:
-        return self.plan.tensor_parallel or config.tensor_parallel_size
-
     # What the flow reads
 
     def responses_read(self) -> tuple[int, int]:
@@ -110,4 +101,3 @@ class Setting:
         name = network.context_layer
         context = () if name is None else (state_of_model(name, self.model.num_blocks),)
         return states_in_order(self._layers(), context)
-

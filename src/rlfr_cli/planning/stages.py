@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlfr_cli.artifacts.latents import latents_bytes
+from rlfr_cli.config.engine import EngineName
 from rlfr_cli.config.evaluate import EvalConfig
 from rlfr_cli.config.sample import SampleConfig
 from rlfr_cli.config.train_rl import TrainRlConfig
@@ -19,7 +20,6 @@ from rlfr_cli.planning.memory import (
     Phase,
     add,
     cache_bytes,
-    largest,
     reading,
     sampling,
 )
@@ -29,6 +29,7 @@ from rlfr_cli.planning.work import Work, drawing_flops, reading_flops
 # Of a token: its id and, as a guess, its text; of a response token its log-probability too.
 PROMPT_TOKEN, RESPONSE_TOKEN = 4 + 4, 4 + 4 + 4
 SCORE_TOKEN = 3 * 4
+Drawing = SampleConfig | EvalConfig | TrainRlConfig
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,12 @@ class StagePlan:
         return max(self.phases, key=lambda phase: phase.total)
 
 
-def drawing(
-    setting: Setting, config: SampleConfig | EvalConfig | TrainRlConfig, numbers: Numbers, responses: float, group: int
-) -> Parts:
+def uses_vllm(config: Drawing) -> bool:
+    """Whether vLLM draws; `auto` takes it on a GPU."""
+    return config.generation.engine is not EngineName.HF
+
+
+def drawing(setting: Setting, config: Drawing, numbers: Numbers, responses: float, group: int) -> Parts:
     """Cache, logits and passing activations of generation; with vLLM its own weights too.
 
     Args:
@@ -56,8 +60,8 @@ def drawing(
         group: responses to one prompt.
     """
     prompt, most = setting.plan.prompt_tokens, config.sampling.max_new_tokens
-    if setting.uses_vllm(config.generation):
-        spread = setting.tensor_parallel(config.generation)
+    if uses_vllm(config):
+        spread = config.generation.tensor_parallel_size
         rows = min(config.generation.max_num_seqs or VLLM_ROWS, responses)
         cache = rows * (prompt + most) * cache_bytes(setting.model, numbers.compute)
         weights = numbers.compute * setting.model.parameters
@@ -74,7 +78,7 @@ def plan_generation(setting: Setting, name: str, config: SampleConfig | EvalConf
     responses, tokens = problems * group, setting.response_tokens(config.sampling.max_new_tokens)
     numbers = setting.numbers(config)
     parts = drawing(setting, config, numbers, min(problems, config.problems_per_shard) * group, group)
-    if not setting.uses_vllm(config.generation):
+    if not uses_vllm(config):
         parts = add(parts, {"weights": numbers.weight * model.parameters})
     work = Work(
         tokens=responses * tokens,
@@ -160,7 +164,7 @@ def read_responses(setting: Setting, numbers: Numbers, tokens_per_batch: int, bl
     batch = MicroBatch(max(tokens_per_batch, longest), 0)
     weights = {"weights": numbers.weight * setting.model.decoder_parameters(blocks)}
     latents = {"latents": 2 * batch.tokens * states * setting.model.hidden_size * numbers.weight}
-    return largest("read", add(weights, latents, reading(setting.model, numbers, batch, blocks, head=False).parts)).parts
+    return add(weights, latents, reading(setting.model, numbers, batch, blocks, head=False).parts)
 
 
 def rollout_bytes(responses: float, prompt: float, response: float, response_token: float) -> float:

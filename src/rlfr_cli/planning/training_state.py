@@ -2,9 +2,9 @@
 
 Stage 0 is plain PyTorch on one GPU or a copy on each: float32 weights, moments and gradients, casts by autocast.
 Stages 1 to 3 are DeepSpeed's, with the settings of ``engines/deepspeed_settings.py``: weights in the compute dtype;
-float32 weights and moments, 12 bytes a parameter, shared out over the GPUs; gradients summed in float32, shared out from
-stage 2 on; the weights too in stage 3, where DeepSpeed gathers up to 10^9 of them at a time, and the output head stays
-whole. Gradients pass through buckets of 5 x 10^8 elements. These are DeepSpeed's defaults; none of it was measured.
+float32 weights and moments, 12 bytes a parameter, shared out over the GPUs; gradients summed in float32, shared out
+from stage 2 on; the weights too in stage 3, where DeepSpeed gathers up to 10^9 of them at a time, and the output head
+stays whole. Gradients pass through buckets of 5 x 10^8 elements. These are DeepSpeed's defaults; none was measured.
 """
 
 from __future__ import annotations
@@ -38,34 +38,41 @@ class TrainingState:
     in_main_memory: float = 0.0
 
 
-def training_state(model: ModelSizes, numbers: Numbers, stage: int, gpus: int, *, offload: bool) -> TrainingState:
+def training_state(
+    model: ModelSizes,
+    numbers: Numbers,
+    stage: int,
+    gpus: int,
+    *,
+    offload_optimiser: bool = False,
+    offload_parameters: bool = False,
+) -> TrainingState:
     """The state for a ZeRO stage.
 
     Args:
         numbers: of a policy that is trained in plain PyTorch.
-        offload: moments and float32 weights lie in main memory; from stage 2 on gradients too.
+        offload_optimiser: moments and float32 weights lie in main memory; from stage 2 on gradients too.
+        offload_parameters: so does a GPU's share of the weights, in stage 3.
     """
     parameters = model.parameters
     if stage == 0:
         resting = {"weights": 4 * parameters, "optimiser": 8 * parameters}
         return TrainingState(numbers, resting, 4 * parameters, stepping_bytes(model, numbers))
-    compute = numbers.compute
-    weights = compute * parameters
-    state = 12 * parameters / gpus
+    compute, in_main_memory = numbers.compute, 0.0
+    state: float = 12 * parameters / gpus
     # A bucket in the compute dtype, and in float32 what is sent of it.
     buckets = min(BUCKET, parameters) * (compute + (4 if compute < 4 else 0))
-    gradients = 4 * parameters / (gpus if stage > 1 else 1)
-    if offload and stage > 1:
-        gradients = 0
-    held, whole = weights, 0.0
+    gradients: float = 4 * parameters / (gpus if stage > 1 else 1)
+    if offload_optimiser:
+        state, in_main_memory = 0, state
+        gradients = 0 if stage > 1 else gradients
+    weights: float = compute * parameters
+    whole = 0.0
     if stage == 3:
-        held = weights / gpus + compute * (min(LIVE, parameters) + model.embedding)
-        whole = max(0.0, weights - compute * (min(LIVE, parameters) + model.embedding))
-    return TrainingState(
-        Numbers(compute, compute, numbers.on_gpu),
-        {"weights": held, "optimiser": 0 if offload else state},
-        gradients + buckets,
-        0.0,
-        whole,
-        state if offload else 0.0,
-    )
+        gathered = min(compute * (LIVE + model.embedding), weights)
+        share, whole = weights / gpus, weights - gathered
+        weights = gathered + (0 if offload_parameters else share)
+        in_main_memory += share if offload_parameters else 0
+    held: dict[str, float] = {"weights": weights, "optimiser": state}
+    trained = Numbers(compute, compute, numbers.on_gpu)
+    return TrainingState(trained, held, gradients + buckets, 0.0, whole, in_main_memory)

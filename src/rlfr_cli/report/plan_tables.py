@@ -7,9 +7,10 @@ from typing import Any
 
 from rlfr_cli.planning.memory import PARTS
 from rlfr_cli.planning.setting import Setting
-from rlfr_cli.planning.stages import StagePlan
+from rlfr_cli.planning.stages import Drawing, StagePlan, uses_vllm
 
 GB, PFLOP, TFLOP = 1e9, 1e15, 1e12
+KINDS = ("reading", "training", "flow")
 UTILISATION_OF_ENGINE = {True: 0.1, False: 0.01}  # vLLM, transformers
 
 
@@ -27,9 +28,7 @@ def tables(plans: Sequence[StagePlan], setting: Setting) -> dict[str, list[dict[
     """Memory of one GPU by stage, phase and part; disk; operations and hours."""
     return {
         "gpu_memory_gb": [row for plan in plans for row in _memory_rows(plan)],
-        "disk_gb": [
-            {"stage": plan.name, "artifact": name, "gb": size / GB} for plan in plans for name, size in plan.disk.items()
-        ],
+        "disk_gb": [row for plan in plans for row in _disk_rows(plan)],
         "work": [_work_row(plan, setting) for plan in plans],
     }
 
@@ -39,16 +38,20 @@ def _memory_rows(plan: StagePlan) -> list[dict[str, Any]]:
         {
             "stage": plan.name,
             "phase": phase.name,
-            **{part: round(phase.parts.get(part, 0) / GB, 2) for part in PARTS},
-            "total": round(phase.total / GB, 2),
+            **{part: phase.parts.get(part, 0) / GB for part in PARTS},
+            "total": phase.total / GB,
         }
         for phase in plan.phases
     ]
 
 
+def _disk_rows(plan: StagePlan) -> list[dict[str, Any]]:
+    return [{"stage": plan.name, "artifact": name, "gb": size / GB} for name, size in plan.disk.items()]
+
+
 def _work_row(plan: StagePlan, setting: Setting) -> dict[str, Any]:
     work = plan.work
-    kinds = {"generation": work.generation, **{kind: work.other.get(kind, 0) for kind in ("reading", "training", "flow")}}
+    kinds = {"generation": work.generation, **{kind: work.other.get(kind, 0) for kind in KINDS}}
     return {
         "stage": plan.name,
         "million_tokens": work.tokens / 1e6,
@@ -63,10 +66,10 @@ def _work_row(plan: StagePlan, setting: Setting) -> dict[str, Any]:
 def generation_utilisation(setting: Setting, stage: str) -> float:
     """The share that generation reaches: as given, or the guess for the stage's engine."""
     recipe = setting.recipe
-    configs = {"sample": recipe.sample, "eval": recipe.evaluate, "train-rl": recipe.train}
+    configs: dict[str, Drawing] = {"sample": recipe.sample, "eval": recipe.evaluate, "train-rl": recipe.train}
     if setting.plan.generation_utilisation is not None or stage not in configs:
         return setting.plan.generation_utilisation or 1.0
-    return UTILISATION_OF_ENGINE[setting.uses_vllm(configs[stage].generation)]
+    return UTILISATION_OF_ENGINE[uses_vllm(configs[stage])]
 
 
 def assumptions(setting: Setting, stage: int) -> list[dict[str, str]]:
@@ -77,15 +80,15 @@ def assumptions(setting: Setting, stage: int) -> list[dict[str, str]]:
     reached = ", ".join(f"{name} {share:g}" for name, share in shares.items())
     lines = [
         f"{problems:,} problems, prompts of {plan.prompt_tokens} tokens, responses of "
-        f"{setting.response_tokens(recipe.train.sampling.max_new_tokens)} in train-rl",
-        f"memory: tensors, at most; {plan.process_memory:g} GB of each GPU are set apart for the process (a guess)",
+        f"{setting.response_tokens(recipe.train.sampling.max_new_tokens)} in train-rl, one round of sampling a step",
+        f"memory: tensors, at most; beside them {plan.process_memory:g} GB of each GPU for the process (a guess)",
         "latents that train-rl keeps: as if every response were accepted",
         f"hours: {plan.gpu_flops:g} TFLOP/s of a GPU, of which reading and training reach {plan.utilisation:g} and "
-        f"generation {reached} (guesses)",
-        "train-rl's expected length, evaluation during the run and one sampling round a step are taken as given",
+        f"generation {reached} (guesses); grading, loading and writing take none",
+        "tensors were compared with torch's allocator on a CPU only, see docs/plan.md",
     ]
     if stage > 0:
         lines.append(f"ZeRO stage {stage}: by DeepSpeed's documented defaults, not measured")
-    if any(setting.uses_vllm(config.generation) for config in (recipe.sample, recipe.train, recipe.evaluate)):
+    if any(uses_vllm(config) for config in (recipe.sample, recipe.train, recipe.evaluate)):
         lines.append("vLLM: its weights and a cache for what is drawn at once; it takes more if there is more")
     return [{"assumption": line} for line in lines]

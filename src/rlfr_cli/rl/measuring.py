@@ -89,7 +89,8 @@ def measure(
                 batch.entropies[place],
             )
             if keep_latents[index] and batch.latents:
-                measured.latents[index] = batch.latents[place]
+                # In the compute dtype, as stored latents are: in float32 a batch of a 7B model would take 30 GB.
+                measured.latents[index] = batch.latents[place].to(policy.placement.dtype)
         if flow is not None:
             _score_batch(measured, flow, batch, rows, reward, key, policy.placement.dtype)
     if flow is None and scores_from.needs_flow:

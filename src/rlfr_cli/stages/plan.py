@@ -8,31 +8,37 @@ measured, are among what is printed.
 
 from __future__ import annotations
 
+import dataclasses
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from rlfr_cli import console
 from rlfr_cli.config.commands import COMMANDS
+from rlfr_cli.config.engine import EngineName
 from rlfr_cli.config.fields import StageConfig, leaf_options
 from rlfr_cli.config.plan import PLANNED, PlanConfig
 from rlfr_cli.config.recipe import read_recipe, resolve
-from rlfr_cli.planning.memory import Phase
 from rlfr_cli.planning.model_sizes import read_model_sizes
-from rlfr_cli.planning.reinforcement import zero_stage
-from rlfr_cli.planning.remedies import GB, NAMES, disk_remedy, memory_remedy, plan_stage
+from rlfr_cli.planning.reinforcement import state_of, zero_stage
+from rlfr_cli.planning.remedies import NAMES, disk_remedy, memory_remedy, plan_stage
 from rlfr_cli.planning.setting import Recipe, Setting
 from rlfr_cli.planning.stages import StagePlan
 from rlfr_cli.report import plan_tables
+from rlfr_cli.report.plan_tables import GB
 
-# What a command asks for and an estimate does not open; responses are expert solutions unless the recipe says otherwise.
+NOTHING = "nothing that was tried"
+
+# What a command asks for and an estimate does not open.
 GIVEN = {"model": "-", "data": "-", "flow": "-"}
+# Where a stage has several sources, and the one that is taken where the recipe names none: expert solutions, and their
+# latents; for `score` the rollouts of `sample`.
 SOURCES = {
-    "extract-latents": (("rollouts",), ("data",)),
-    "fit-flow": (("latents",), ("rollouts",), ("data",)),
-    "score": (("rollouts",), ("latents",)),
+    "extract-latents": ("rollouts", "data"),
+    "fit-flow": ("latents", "rollouts", "data"),
+    "score": ("rollouts", "latents"),
 }
-SOURCE_GIVEN = {"extract-latents": ("data", "-"), "fit-flow": ("latents", ["-"]), "score": ("rollouts", "-")}
+SOURCE = {"extract-latents": ("data", "-"), "fit-flow": ("latents", ["-"]), "score": ("rollouts", "-")}
 
 
 def run(config: PlanConfig, *, recipe: Path | None = None, preset: str | None = None) -> dict[str, Any]:
@@ -48,7 +54,7 @@ def run(config: PlanConfig, *, recipe: Path | None = None, preset: str | None = 
     model = read_model_sizes(config.model)
     if not model.known:
         console.warn(f"a {model.family} model is counted as if its blocks were those of a llama")
-    setting = Setting(model, config, read_configs(recipe, preset))
+    setting = Setting(model, config, with_layout(read_configs(recipe, preset), config))
     plans = [plan_stage(setting, name) for name in config.stage or named_stages(recipe)]
     return {
         **plan_tables.model_facts(setting),
@@ -74,8 +80,8 @@ def read_configs(recipe: Path | None, preset: str | None) -> Recipe:
         flags: dict[tuple[str, ...], Any] = {
             leaf.path: GIVEN[leaf.path[-1]] for leaf in leaf_options(cls) if leaf.required and leaf.path not in there
         }
-        if name in SOURCES and not any(path in there for path in SOURCES[name]):
-            key, value = SOURCE_GIVEN[name]
+        if name in SOURCES and not any((key,) in there for key in SOURCES[name]):
+            key, value = SOURCE[name]
             flags[key,] = value
         if name == "score":
             flags["model",] = "-"
@@ -83,31 +89,50 @@ def read_configs(recipe: Path | None, preset: str | None) -> Recipe:
     return Recipe(**configs)
 
 
+def with_layout(recipe: Recipe, config: PlanConfig) -> Recipe:
+    """The recipe with the engines and ZeRO stage that the command line asks for."""
+    changed: dict[str, Any] = {}
+    for name in ("sample", "train", "evaluate"):
+        stage: Any = getattr(recipe, name)
+        engine = config.engine or (stage.generation.engine if config.tensor_parallel is None else EngineName.VLLM)
+        spread = config.tensor_parallel or stage.generation.tensor_parallel_size
+        generation = dataclasses.replace(stage.generation, engine=engine, tensor_parallel_size=spread)
+        changed[name] = dataclasses.replace(stage, generation=generation)
+    training = recipe.train.training
+    training = dataclasses.replace(
+        training,
+        zero_stage=training.zero_stage if config.zero is None else config.zero,
+        offload_optimiser=training.offload_optimiser or config.offload_optimiser,
+    )
+    changed["train"] = dataclasses.replace(changed["train"], training=training)
+    return dataclasses.replace(recipe, **changed)
+
+
 def fit_of(setting: Setting, plan: StagePlan) -> dict[str, Any]:
     """Whether a stage fits, and what would make it."""
-    room, disk = (setting.plan.gpu_memory - setting.plan.process_memory) * GB, setting.plan.disk
-    row: dict[str, Any] = {
-        "stage": plan.name,
-        "fits": True,
-        "needs": _phase_text(plan.most, setting),
-        "would_fit_with": None,
-    }
+    plan_config = setting.plan
+    room = (plan_config.gpu_memory - plan_config.process_memory) * GB
+    row: dict[str, Any] = {"stage": plan.name, "fits": True, "needs": _needs(setting, plan), "would_fit_with": None}
+    remedies = []
     if plan.most.total > room:
         remedy = memory_remedy(setting, plan.name, lambda other: other.most.total <= room)
-        row |= {"fits": False, "would_fit_with": "nothing that was tried"}
+        words = NOTHING
         if remedy is not None:
-            most = plan_stage(remedy.setting, plan.name).most
-            row["would_fit_with"] = f"{remedy.text}: {_phase_text(most, setting)}"
-    needed = sum(plan.disk.values())
+            words = f"{remedy.text}: {_needs(remedy.setting, plan_stage(remedy.setting, plan.name))}"
+        remedies.append(words)
+    needed, disk = sum(plan.disk.values()), plan_config.disk
     if disk is not None and needed > disk * GB:
         remedy = disk_remedy(setting, plan.name, lambda other: sum(other.disk.values()) <= disk * GB)
-        words = "nothing that was tried" if remedy is None else remedy.text
-        earlier = f"{row['would_fit_with']}; " if row["would_fit_with"] else ""
-        row |= {"fits": False, "needs": f"{row['needs']}; {needed / GB:,.1f} of {disk:g} GB of disk"}
-        row["would_fit_with"] = f"{earlier}disk: {words}"
+        row["needs"] += f"; {needed / GB:,.1f} of {disk:g} GB of disk"
+        remedies.append(f"for the disk: {NOTHING if remedy is None else remedy.text}")
+    if remedies:
+        row |= {"fits": False, "would_fit_with": "; ".join(remedies)}
     return row
 
 
-def _phase_text(phase: Phase, setting: Setting) -> str:
+def _needs(setting: Setting, plan: StagePlan) -> str:
+    """`update takes 48.7 of 78 GB`, and what lies in main memory."""
     room = setting.plan.gpu_memory - setting.plan.process_memory
-    return f"{phase.name} takes {phase.total / GB:,.1f} of {room:g} GB"
+    moved = state_of(setting).in_main_memory * setting.plan.gpus if plan.name == "train-rl" else 0
+    beside = f", and {moved / GB:,.0f} GB of main memory" if moved else ""
+    return f"{plan.most.name} takes {plan.most.total / GB:,.1f} of {room:g} GB{beside}"

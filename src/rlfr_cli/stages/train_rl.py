@@ -110,7 +110,8 @@ class Plan:
     def flow_text(self) -> str:
         """Which flow pays token rewards, and whether it learns."""
         if self.header is None:
-            return "none: plain RLVR"
+            scores = self.config.scores
+            return "none: plain RLVR" if scores.needs_flow else f"none; tokens are paid by their {scores}"
         contexts = ", ".join(self.header.contexts)
         begin = "new" if self.config.new_flow else str(self.config.flow)
         online = self.config.online.online_steps
