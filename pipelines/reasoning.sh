@@ -8,6 +8,7 @@
 # OUT    output folder (default: runs/ and the recipe)    GPUS   processes of one node (default: its GPUs; 1 without)
 # ARMS   what is trained: rlvr, rlfr, random              GATE   off: train rlfr whatever the diagnosis says
 # LIMIT  problems and expert solutions of every stage     STEPS  steps of train-rl      FIT_STEPS  steps of fit-flow
+# EXPERTS        expert solutions of the fit (default: 10000, or 5000 where latents are stored)
 # EVALUATIONS    which of the six files are evaluated     DRY_RUN=1  check every stage whose input exists, and do nothing
 # EXTRA_SAMPLE, EXTRA_FIT_FLOW, EXTRA_TRAIN_RL, …         options for that command, after all others
 #
@@ -60,11 +61,14 @@ stage() {
 }
 on_all() { launcher=launch stage "$@"; }
 limit="${LIMIT:+--limit $LIMIT}"
+# One GPU fits on the fly, for hours already; stored latents of 5,000 long solutions are some 90 GB.
+[ "$FIT" = fly ] && experts=10000 || experts=5000
+experts="${EXPERTS:-${LIMIT:-$experts}}"
 fit_steps="${FIT_STEPS:+--steps $FIT_STEPS}"
 train_steps="${STEPS:+--steps $STEPS}"
 
 step "1/6 a flow of the policy's latents on expert solutions"
-expert=(--model "$model" --data "$data/openr1_math.jsonl" $limit)
+expert=(--model "$model" --data "$data/openr1_math.jsonl" --limit "$experts")
 flow="$out/flow.safetensors"
 if [ "$FIT" = fly ]; then
     stage fit-flow "${expert[@]}" --out "$flow" $fit_steps

@@ -3,7 +3,8 @@
 #     DATA=folder/of/gsm8k bash pipelines/smollm2-gsm8k.sh
 # DATA holds gsm8k_train.jsonl and gsm8k_test.jsonl with `problem`, `solution` and `answer` (default: $RLFR_SHARED/data,
 # or ../shared/data). The model solves almost none of these problems; what is real here is latents, tokenizer and speed.
-# DIAGNOSE_PROBLEMS is how many of the easiest problems `rlfr diagnose` gets eight answers to (default: 16).
+# Where DATA also holds mawps.jsonl (one-step problems; `type` is singleop), `rlfr diagnose` judges eight answers to each
+# of the first DIAGNOSE_PROBLEMS of them (default: 24); else it judges the answers to GSM8K.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source pipelines/environment.sh
@@ -41,26 +42,27 @@ for flow in flow flow-raw; do
         --out "$out/scores-$flow-expert"
 done
 
-step "eight answers to each of the easiest problems, since a diagnosis needs correct ones too; any last number counts"
-# At most two calculations, two lines of solution and 130 characters of question; none of the 300 that were fitted on.
-python - "$data" > "$out/easiest.jsonl" <<'PYTHON'
-import json, pathlib, sys
+step "answers to easier problems, for diagnose, which needs correct ones too: one-step problems, two worked examples"
+one_step="$data/mawps.jsonl"
+judged="$out/rollouts"
+if [ -f "$one_step" ]; then
+    judged="$out/rollouts-one-step"
+    grep '"type": "singleop"' "$one_step" | awk '!seen[$0]++' > "$out/one-step.jsonl"
+    stage sample --model "$model" --data "$out/one-step.jsonl" --limit "${DIAGNOSE_PROBLEMS:-24}" --group-size 8 \
+        --temperature 0.6 --max-new-tokens 48 --stop '}.' --out "$judged" \
+        --prompt-template 'Problem: Leo had 9 marbles. He gave 4 of them to Mia. How many marbles does Leo have left?
+Solution: Leo has 9 - 4 = 5 marbles left. The answer is \boxed{5}.
 
-for split, first in (("test", 0), ("train", 300)):
-    for number, line in enumerate(pathlib.Path(sys.argv[1], f"gsm8k_{split}.jsonl").open(encoding="utf-8")):
-        row = json.loads(line)
-        easy = row["solution"].count("<<") <= 2 and row["solution"].strip().count("\n") <= 1 and len(row["problem"]) <= 130
-        if easy and number >= first:
-            print(json.dumps({**row, "id": f"{split}-{number}"}))
-PYTHON
-stage sample --model "$model" --data "$out/easiest.jsonl" --id-column id --limit "${DIAGNOSE_PROBLEMS:-16}" \
-    --problems-per-shard 25 --group-size 8 --temperature 0.6 --max-new-tokens 160 --answer-fallback last-number \
-    --out "$out/rollouts-easiest"
+Problem: There are 6 shelves with 8 books each. How many books are there?
+Solution: There are 6 * 8 = 48 books. The answer is \boxed{48}.
 
-step "what both flows know beyond simple quantities"
+Problem: {problem}
+Solution:'
+fi
+
+step "what both flows say of them beyond simple quantities"
 for flow in flow flow-raw; do
-    stage diagnose --flow "$out/$flow.safetensors" --model "$model" --rollouts "$out/rollouts-easiest" \
-        --out "$out/diagnosis-$flow"
+    stage diagnose --flow "$out/$flow.safetensors" --model "$model" --rollouts "$judged" --out "$out/diagnosis-$flow"
 done
 
 step "two steps of train-rl"

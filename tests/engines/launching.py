@@ -16,13 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engines.deepspeed_script import OPTIMISER, Task, logits_of_plain_model, train, weights_of, write_tasks
-from rlfr_cli.engines.ranks import Ranks
+from rlfr_cli.engines.ranks import ALONE
 from rlfr_cli.engines.single import SingleProcessEngine
 from rlfr_cli.policy.loading import load_policy
 from tiny_policies import CPU
 
 SCRIPT = Path(__file__).with_name("deepspeed_script.py")
-ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 Weights = dict[str, Tensor]
 
 

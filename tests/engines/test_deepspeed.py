@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from engines.deepspeed_script import Task, train, weights_of
 from engines.launching import (
-    ALONE,
     Reference,
     Results,
     assert_same_steps,
@@ -29,6 +28,7 @@ from engines.launching import (
     make_reference,
     single_engine,
 )
+from rlfr_cli.engines.ranks import ALONE
 from tiny_policies import ModelFolders
 
 pytestmark = [

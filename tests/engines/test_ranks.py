@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines.launching import ALONE, processes_environment
-from rlfr_cli.engines.ranks import meeting_place, open_ranks
+from engines.launching import processes_environment
+from rlfr_cli.engines.ranks import ALONE, meeting_place, open_ranks
 from rlfr_cli.errors import ConfigError
 
 COLLECTIVES = """
@@ -57,6 +57,17 @@ with open_ranks(torch.device("cpu")) as ranks:
     if ranks.rank == 1:
         raise ValueError("an error of rank 1 alone")
     time.sleep(300)
+"""
+STOPPED = """
+import time, torch
+from rlfr_cli.engines.ranks import open_ranks
+from rlfr_cli.errors import Stopped
+try:
+    with open_ranks(torch.device("cpu")) as ranks:
+        time.sleep(7 * ranks.rank)  # longer than the grace
+        raise Stopped("asked to")
+except Stopped as stopped:
+    raise SystemExit(stopped.exit_code)
 """
 SAME_ERROR = """
 import sys, time, torch
@@ -139,6 +150,12 @@ def test_an_error_of_one_process_ends_the_others(started: list[subprocess.Popen[
 def test_an_error_of_all_processes_keeps_its_exit_code(started: list[subprocess.Popen[str]]) -> None:
     started += start(SAME_ERROR, 2)
     assert [code for code, _ in ends(started, 60)] == [2, 2]
+
+
+@pytest.mark.slow
+def test_processes_that_stop_may_take_their_time(started: list[subprocess.Popen[str]]) -> None:
+    started += start(STOPPED, 2)
+    assert [code for code, _ in ends(started, 60)] == [130, 130]
 
 
 def test_one_process_gets_back_what_it_puts_in() -> None:

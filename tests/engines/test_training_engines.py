@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from engines.deepspeed_script import OPTIMISER, Task
-from engines.launching import ALONE, assert_same_steps, assert_same_update, launch_well, make_reference
+from engines.launching import assert_same_steps, assert_same_update, launch_well, make_reference
 from rlfr_cli.config.training_engine import TrainingEngineConfig
-from rlfr_cli.engines.ranks import Ranks
+from rlfr_cli.engines.ranks import ALONE, Ranks
 from rlfr_cli.engines.replicated import ReplicatedEngine
 from rlfr_cli.engines.single import SingleProcessEngine
 from rlfr_cli.engines.training_engines import open_training_engine

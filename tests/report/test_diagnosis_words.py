@@ -125,7 +125,8 @@ def test_the_best_control_and_the_shuffled_context_are_named_with_the_difference
     results = results_of()
     words = conclude(results)["in_words"]
     assert "separates most is negative log-probability, 0.650" in words
-    assert words.count("better by 0.050 (0.010 to 0.090)") == 3
+    assert words.count("better by 0.050 (0.010 to 0.090)") == 2
+    assert "with the true one the area is larger by 0.050 (0.010 to 0.090)" in words
     worse = {"value": -0.05, "low": -0.09, "high": -0.01, "problems": 40}
     results["separation"] |= {"above_best_control": worse}
     assert "the score is worse by 0.050 (0.010 to 0.090)" in conclude(results)["in_words"]
@@ -133,6 +134,24 @@ def test_the_best_control_and_the_shuffled_context_are_named_with_the_difference
     assert "not shown to be better or worse (-0.050, -0.090 to +0.020)" in conclude(results)["in_words"]
     results["separation"] |= {"above_best_control": {**worse, "problems": 9}}
     assert "not known to be better or worse" in conclude(results)["in_words"]
+
+
+def test_a_context_that_lowers_the_area_is_said_to_without_calling_it_worse() -> None:
+    results = results_of()
+    results["separation"] |= {"above_shuffled_context": {"value": -0.05, "low": -0.09, "high": -0.01, "problems": 40}}
+    assert "with the true one the area is smaller by 0.050 (0.010 to 0.090)" in conclude(results)["in_words"]
+
+
+def test_a_control_that_falls_where_responses_are_wrong_is_also_given_as_it_is_compared() -> None:
+    results = results_of()
+    assert "turned round" not in conclude(results)["in_words"]
+    for part, keys in (
+        ("separation", ("within_problems", "within_low", "within_high")),
+        ("first_wrong_token", ("auc", "low", "high")),
+    ):
+        row = next(row for row in results[part]["rows"] if row["measure"] == "negative_logprob")
+        row |= dict(zip(keys, (0.3, 0.2, 0.4), strict=True))
+    assert conclude(results)["in_words"].count("0.300 (0.200 to 0.400), turned round 0.700: the score is") == 2
 
 
 @pytest.mark.parametrize(

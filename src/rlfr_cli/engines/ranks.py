@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rlfr_cli.engines.peers import PeerWatch
-from rlfr_cli.errors import ConfigError
+from rlfr_cli.errors import ConfigError, Stopped
 from rlfr_cli.ranks import rank_of
 
 Value = TypeVar("Value")
@@ -111,8 +111,9 @@ class Ranks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error the others wait in collectives that this rank will not join: they are to end too.
-        if error is None:
+        # After an error the others wait in collectives that this rank will not join: they are to end too. All ranks
+        # stop together.
+        if error is None or isinstance(error, Stopped):
             self.close()
 
 

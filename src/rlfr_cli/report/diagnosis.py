@@ -100,7 +100,10 @@ def token_measures(tokens: TokenTable) -> dict[str, np.ndarray]:
 
 
 def separation_of_responses(responses: ResponseTable, tokens: TokenTable, *, seed: int) -> dict[str, Any]:
-    """How well each measure separates wrong from correct responses, overall and within problems."""
+    """How well each measure separates wrong from correct responses, overall and within problems.
+
+    All are compared on the same responses: those that are graded and have every measure, so no empty ones.
+    """
     count = len(responses.problem_ids)
     measures = {name: tokens.over_responses(values, count) for name, values in token_measures(tokens).items()}
     measures |= {
@@ -109,11 +112,10 @@ def separation_of_responses(responses: ResponseTable, tokens: TokenTable, *, see
         "length": responses.length.astype(float),
     }
     order = ("score", *RESPONSE_CONTROLS, "random_latents", "shuffled_context")
-    estimates = {
-        name: separation(measures[name], responses.wrong, responses.graded, responses.problem_ids, seed=seed)
-        for name in order
-    }
     usable = responses.graded & np.isfinite(np.stack(list(measures.values()))).all(axis=0)
+    estimates = {
+        name: separation(measures[name], responses.wrong, usable, responses.problem_ids, seed=seed) for name in order
+    }
     ids = [name for name, ok in zip(responses.problem_ids, usable, strict=True) if ok]
     wrong = responses.wrong[usable]
     controls_NC = np.stack([measures[name][usable] for name in RESPONSE_CONTROLS], axis=1)
@@ -123,6 +125,7 @@ def separation_of_responses(responses: ResponseTable, tokens: TokenTable, *, see
     rows.append(_row(PARTIAL, None, partial))
     best = _best_control({name: within for name, (_, within) in estimates.items()}, RESPONSE_CONTROLS)
     return {
+        "compared": int(usable.sum()),
         "rows": rows,
         "best_control": best,
         "above_best_control": _interval(_paired(areas, best, seed=seed)),

@@ -79,9 +79,12 @@ def _separation(figure: Any, results: Mapping[str, Any]) -> None:
         known = {row["measure"]: [row[key] for key in keys] for row in rows}
         values = [known.get(name, [None] * 3) for name in names]
         _intervals(axis, [NAMES[name] for name in names], values, [name.startswith("score") for name in names])
-        axis.axvline(0.5, color=RED, lw=1)
         axis.set_title(title)
-        axis.set_xlabel("area under the curve, 95 % interval")
+        axis.set_xlabel("area under the curve, 95 % interval\n(above 0.5: larger where wrong)")
+        if all(value is None for value, *_ in values):
+            axis.text(0.5, 0.5, "nothing to compare", transform=axis.transAxes, ha="center", color=GREY)
+        else:
+            axis.axvline(0.5, color=RED, lw=1)
 
 
 def _score(figure: Any, results: Mapping[str, Any]) -> None:

@@ -96,10 +96,10 @@ def _responses_in_words(results: Mapping[str, Any], areas: Mapping[str, tuple[An
         f"{opening} {answered.capitalize()}. Within problems the area under its curve is {_area(score)}"
         f"{_meaning(score)}; once negative log-probability, entropy, length, latent norm and token identity are taken "
         f"out, {_area(beyond)}{_meaning(beyond)}.",
-        f"The control that separates most is {NAMES[best]}, {_area(areas[best])}: the score is "
+        f"The control that separates most is {NAMES[best]}, {_area(areas[best])}{_turned(areas[best])}: the score is "
         f"{_difference(results['separation']['above_best_control'])}.",
-        f"With its context shuffled the flow gives {_area(areas['shuffled_context'])}: with the true one it is "
-        f"{_difference(results['separation']['above_shuffled_context'])}.",
+        f"With its context shuffled the flow gives {_area(areas['shuffled_context'])}: with the true one the area is "
+        f"{_difference(results['separation']['above_shuffled_context'], ('larger', 'smaller'))}.",
     ]
     if side(*areas["random_latents"]) in ("above", "below"):
         sentences.append(
@@ -119,7 +119,7 @@ def _tokens_in_words(results: Mapping[str, Any], areas: Mapping[str, tuple[Any, 
         f"{opening} {answered.capitalize()}. Against tokens at the same place in correct responses, the area for "
         f"{found['compared']} first wrong tokens is {_area(areas['score'])}{_meaning(areas['score'])}; with the "
         f"controls taken out, {_area(areas[PARTIAL])}{_meaning(areas[PARTIAL])}. {NAMES[best].capitalize()} gives "
-        f"{_area(areas[best])}: the score is {_difference(found['above_best_control'])}."
+        f"{_area(areas[best])}{_turned(areas[best])}: the score is {_difference(found['above_best_control'])}."
     ]
 
 
@@ -160,6 +160,12 @@ def _area(estimate: Sequence[Any]) -> str:
     return "not known" if value is None or low is None else f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
+def _turned(estimate: Sequence[Any]) -> str:
+    """A control may separate by being small where responses are wrong; the score is compared with it turned round."""
+    value = estimate[0]
+    return f", turned round {1 - value:.3f}" if value is not None and value < 0.5 else ""
+
+
 def _meaning(estimate: Sequence[Any]) -> str:
     return {
         "above": "",
@@ -169,12 +175,14 @@ def _meaning(estimate: Sequence[Any]) -> str:
     }[side(*estimate)]
 
 
-def _difference(estimate: Mapping[str, Any]) -> str:
+def _difference(estimate: Mapping[str, Any], words: tuple[str, str] = ("better", "worse")) -> str:
+    """How the area of the score stands to another, which ``better`` takes to be turned above one half."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    more, less = words
     if low is None or estimate["problems"] < MIN_PROBLEMS:
-        return "not known to be better or worse"
+        return f"not known to be {more} or {less}"
     if low <= 0 <= high:
-        return f"not shown to be better or worse ({value:+.3f}, {low:+.3f} to {high:+.3f})"
+        return f"not shown to be {more} or {less} ({value:+.3f}, {low:+.3f} to {high:+.3f})"
     if low > 0:
-        return f"better by {value:.3f} ({low:.3f} to {high:.3f})"
-    return f"worse by {-value:.3f} ({-high:.3f} to {-low:.3f})"
+        return f"{more} by {value:.3f} ({low:.3f} to {high:.3f})"
+    return f"{less} by {-value:.3f} ({-high:.3f} to {-low:.3f})"
