@@ -252,7 +252,7 @@ def test_a_signal_ends_with_130(number: signal.Signals) -> None:
     assert process.stderr is not None
     assert process.stderr.readline() == "ready\n"
     process.send_signal(number)
-    assert process.wait(timeout=10) == 130
+    assert process.wait(timeout=60) == 130
     assert process.stderr.read() == "error: stopped\n"
 
 

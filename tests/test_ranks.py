@@ -107,7 +107,6 @@ def test_a_rank_beyond_the_last_is_refused() -> None:
     [
         ("sample", [], "3/8", "rank 2 of 8 under torchrun: --part 3/8 --device cuda:2\n"),
         ("sample", ["--part", "1/2"], "1/2", ""),
-        ("fit-flow", ["latents"], None, ""),
     ],
 )
 def test_the_command_line_takes_the_part_and_says_so(

@@ -103,7 +103,7 @@ def _add_stage(name: str, command: Command) -> None:
             config = _share_out(name, config)
             whole = {"recipe": given["config"], "preset": given["preset"]} if command.reads_recipe else {}
             summary = importlib.import_module(command.stage).run(config, **whole)
-            if not summary:
+            if summary is None:
                 return  # one of several processes, whose first one speaks for all
             if given["json"]:
                 console.emit_json({key: value for key, value in summary.items() if not isinstance(value, Drawing)})

@@ -61,7 +61,7 @@ def launch(folder: Path, tasks: list[Task], num_processes: int) -> subprocess.Co
         env=processes_environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=480,  # a machine that others use too
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ import torch
 
 from rlfr_cli.config.engine import WeightTransfer
 from rlfr_cli.engines import vllm_weights
-from rlfr_cli.engines.vllm import _all, _LoopThread
+from rlfr_cli.engines.vllm import _all, _interruptible, _LoopThread
 from rlfr_cli.engines.vllm_weights import FileRoute, TransferRoute, open_route, write_files
 from rlfr_cli.engines.vllm_worker import WorkerExtension, read_tensors
 
@@ -144,7 +146,41 @@ def test_a_worker_without_a_sampler_has_nothing_to_change() -> None:
     WorkerExtension.rlfr_record_unfiltered_logprobs(SimpleNamespace(model_runner=SimpleNamespace(sampler=None)))
 
 
-# The event loop
+# The event loop, and Ctrl-C
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_ends_a_start_that_swallows_keyboard_interrupts(number: signal.Signals) -> None:
+    def stop(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    def start() -> None:
+        with _interruptible():
+            try:
+                os.kill(os.getpid(), number)
+            except KeyboardInterrupt:
+                pytest.fail("vLLM would go on")
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+
+
+def test_signals_that_nobody_handles_are_left_alone() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with _interruptible():
+            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    thread = threading.Thread(target=lambda: _interruptible().__enter__())
+    thread.start()
+    thread.join()
+    assert callable(signal.getsignal(signal.SIGINT))
 
 
 def test_results_come_in_order_and_the_first_failure_ends_the_others() -> None:

@@ -4,34 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from planning.small_settings import LLAMA, QWEN_7B
 from rlfr_cli.errors import InputError, MissingInputError
 from rlfr_cli.planning.model_sizes import FAMILIES, model_sizes, read_model_sizes
-
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-    "vocab_size": 300,
-    "max_position_embeddings": 128,
-}
-QWEN_7B = LLAMA | {
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
 
 
 @pytest.mark.parametrize("tied", [True, False])

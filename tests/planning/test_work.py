@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from planning.test_model_sizes import LLAMA
 
+from planning.small_settings import LLAMA
 from rlfr_cli.planning.model_sizes import model_sizes
 from rlfr_cli.planning.work import Work, drawing_flops, reading_flops, training_flops
 
@@ -14,9 +14,9 @@ MATRICES = 64 * (2 * 64 + 2 * 32 + 3 * 96)
 
 def test_a_forward_pass_is_two_operations_a_weight_and_token() -> None:
     assert MODEL.block_matrices == MATRICES
-    blocks = 5 * 30 * 3 * (2 * MATRICES + 4 * 64 * 15)  # 5 responses of 10 + 20 tokens, each seeing 15 on average
-    assert reading_flops(MODEL, 5, 10, 20, 3, head=False) == blocks
-    assert reading_flops(MODEL, 5, 10, 20, 3, head=True) == blocks + 5 * 20 * 2 * 300 * 64
+    blocks = 5 * 30 * 4 * (2 * MATRICES + 4 * 64 * 15)  # 5 responses of 10 + 20 tokens, each seeing 15 on average
+    assert reading_flops(MODEL, 5, 10, 20, 4, head=False) == blocks
+    assert reading_flops(MODEL, 5, 10, 20, 4, head=True) == blocks + 5 * 20 * 2 * 300 * 64
 
 
 def test_fewer_blocks_take_less() -> None:
@@ -24,15 +24,15 @@ def test_fewer_blocks_take_less() -> None:
 
 
 def test_training_is_three_passes_and_one_more_of_the_blocks_with_checkpointing() -> None:
-    once = reading_flops(MODEL, 5, 10, 20, 3, head=True)
+    once = reading_flops(MODEL, 5, 10, 20, 4, head=True)
     assert training_flops(MODEL, 5, 10, 20, checkpointing=False) == 3 * once
-    again = reading_flops(MODEL, 5, 10, 20, 3, head=False)
+    again = reading_flops(MODEL, 5, 10, 20, 4, head=False)
     assert training_flops(MODEL, 5, 10, 20, checkpointing=True) == 3 * once + again
 
 
 def test_a_prompt_is_read_once_for_a_group() -> None:
     one, four = (drawing_flops(MODEL, 1, group, 10, 20) for group in (1, 4))
-    prompt = 10 * 3 * (2 * MATRICES + 4 * 64 * 5)
+    prompt = 10 * 4 * (2 * MATRICES + 4 * 64 * 5)
     assert four - prompt == 4 * (one - prompt)
 
 

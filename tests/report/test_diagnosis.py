@@ -43,6 +43,7 @@ def test_all_measures_are_compared_on_the_same_responses() -> None:
 def panel_texts(token_rows: list[dict[str, Any]]) -> list[list[str]]:
     names = [*RESPONSE_CONTROLS, "score"]
     row = {"auc": 0.6, "low": 0.5, "high": 0.7, "within_problems": 0.6, "within_low": 0.5, "within_high": 0.7}
+    row |= {"problems": 19}
     figure = Figure()
     _separation(
         figure,
@@ -52,6 +53,7 @@ def panel_texts(token_rows: list[dict[str, Any]]) -> list[list[str]]:
         },
     )
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [NAMES[name] for name in names]
+    assert figure.axes[1].get_title() == "Wrong responses, within 19 problems"
     return [[text.get_text() for text in axis.texts] for axis in figure.axes]
 
 

@@ -136,6 +136,14 @@ def test_the_best_control_and_the_shuffled_context_are_named_with_the_difference
     assert "not known to be better or worse" in conclude(results)["in_words"]
 
 
+def test_the_number_of_problems_is_said_and_whether_it_is_too_small() -> None:
+    assert "Of the problems, 40 have both wrong and correct responses: there" in conclude(results_of())["in_words"]
+    few = conclude(results_of(problems=2))
+    assert few["responses"] == "cannot tell"
+    assert "Cannot tell. Of the problems, only 2 have both wrong and correct responses, too few" in few["in_words"]
+    assert "only 1 has both" in conclude(results_of(problems=1))["in_words"]
+
+
 def test_a_context_that_lowers_the_area_is_said_to_without_calling_it_worse() -> None:
     results = results_of()
     results["separation"] |= {"above_shuffled_context": {"value": -0.05, "low": -0.09, "high": -0.01, "problems": 40}}

@@ -249,7 +249,7 @@ def latents(tiny: TinyArtifacts, tmp_path: Path) -> Path:
 def test_latents_of_another_format_version(tiny: TinyArtifacts, latents: Path, tmp_path: Path) -> None:
     stage = json.loads((latents / "stage.json").read_text())
     (latents / "stage.json").write_text(json.dumps({**stage, "format_version": 99}))
-    with pytest.raises(ArtifactError, match="format version 99; this version of rlfr reads version 1") as caught:
+    with pytest.raises(ArtifactError, match="format version 99; this version of rlfr reads version 2") as caught:
         fit_flow.run(fit_config(latents, tmp_path / "flow.safetensors"))
     assert "stage.json" in str(caught.value)
     assert caught.value.hint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from rlfr_cli.config.engine import EngineName
 from rlfr_cli.config.fields import StageConfig, option
@@ -16,7 +15,7 @@ WORK, LAYOUT, GPUS = "Work", "Layout", "GPUs"
 class PlanConfig(StageConfig):
     """A GB is 10^9 bytes. Names differ from those of groups of other commands, which `[common]` may hold."""
 
-    model: Path = option(
+    model: str = option(
         help="The policy: a Hugging Face model folder, or its config.json alone; no weights are read.",
         short="-m",
         path=True,

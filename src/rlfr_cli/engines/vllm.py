@@ -9,8 +9,11 @@ requests over several copies of a model), on an event loop in a thread here. A s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable, Sequence
-from threading import Thread
+import signal
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Thread, current_thread, main_thread
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -257,12 +260,38 @@ def _start(setup: VllmSetup) -> Any:
         from vllm import AsyncLLMEngine
 
         try:
-            return AsyncLLMEngine.from_vllm_config(setup.config, disable_log_stats=True)
+            with _interruptible():
+                return AsyncLLMEngine.from_vllm_config(setup.config, disable_log_stats=True)
         except Exception as error:  # a process that dies at its start may do so for any reason
             raise WorkError(
                 f"vLLM did not start: {str(error).strip()}",
                 hint="what its processes said stands above; --engine hf does without them",
             ) from error
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C, under a name that vLLM does not know."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end vLLM's start, which swallows a KeyboardInterrupt and goes on (vLLM 0.32)."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Interrupted
+
+    in_main_thread = current_thread() is main_thread()  # the only one that may set handlers, and that they run in
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
+    handled = {number: handler for number, handler in before.items() if callable(handler)}
+    for number in handled:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except _Interrupted:
+        raise KeyboardInterrupt from None
+    finally:
+        for number, handler in handled.items():
+            signal.signal(number, handler)
 
 
 async def _all(tasks: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:

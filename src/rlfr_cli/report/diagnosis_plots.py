@@ -68,9 +68,10 @@ def _separation(figure: Any, results: Mapping[str, Any]) -> None:
     """Areas under the curve with intervals: responses overall, within problems, and first wrong tokens."""
     figure.set_size_inches(11, 3.8)
     responses, tokens = results["separation"]["rows"], results["first_wrong_token"]["rows"]
+    problems = next(row["problems"] for row in responses if row["measure"] == "score")
     panels = (
         ("Wrong responses, overall", responses, ("auc", "low", "high")),
-        ("Wrong responses, within problems", responses, ("within_problems", "within_low", "within_high")),
+        (f"Wrong responses, within {problems} problems", responses, ("within_problems", "within_low", "within_high")),
         ("First wrong tokens, same place", tokens, ("auc", "low", "high")),
     )
     names = [row["measure"] for row in responses]

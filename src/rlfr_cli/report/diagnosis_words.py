@@ -93,9 +93,9 @@ def _responses_in_words(results: Mapping[str, Any], areas: Mapping[str, tuple[An
     score, beyond = areas["score"], areas[PARTIAL]
     best = results["separation"]["best_control"]
     sentences = [
-        f"{opening} {answered.capitalize()}. Within problems the area under its curve is {_area(score)}"
-        f"{_meaning(score)}; once negative log-probability, entropy, length, latent norm and token identity are taken "
-        f"out, {_area(beyond)}{_meaning(beyond)}.",
+        f"{opening} {answered.capitalize()}. Of the problems, {_problems(score[3])}: there the area under its curve is "
+        f"{_area(score)}{_meaning(score)}; once negative log-probability, entropy, length, latent norm and token "
+        f"identity are taken out, {_area(beyond)}{_meaning(beyond)}.",
         f"The control that separates most is {NAMES[best]}, {_area(areas[best])}{_turned(areas[best])}: the score is "
         f"{_difference(results['separation']['above_best_control'])}.",
         f"With its context shuffled the flow gives {_area(areas['shuffled_context'])}: with the true one the area is "
@@ -153,6 +153,11 @@ def _score_in_words(results: Mapping[str, Any]) -> list[str]:
             + ("." if enough or needed is None else f"; about {needed} draws would reach {ENOUGH_AGREEMENT}.")
         )
     return sentences
+
+
+def _problems(count: int) -> str:
+    both = f"{count} {'has' if count == 1 else 'have'} both wrong and correct responses"
+    return both if count >= MIN_PROBLEMS else f"only {both}, too few to tell"
 
 
 def _area(estimate: Sequence[Any]) -> str:

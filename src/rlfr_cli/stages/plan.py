@@ -51,7 +51,7 @@ def run(config: PlanConfig, *, recipe: Path | None = None, preset: str | None = 
     Raises:
         RlfrError: the model's config or the recipe cannot be read.
     """
-    model = read_model_sizes(config.model)
+    model = read_model_sizes(Path(config.model).expanduser())
     if not model.known:
         console.warn(f"a {model.family} model is counted as if its blocks were those of a llama")
     setting = Setting(model, config, with_layout(read_configs(recipe, preset), config))

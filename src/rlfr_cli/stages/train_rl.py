@@ -119,8 +119,8 @@ class Plan:
         return f"{begin}, blocks {list(self.header.layer_indices)}, context {contexts}, {update}"
 
 
-def run(config: TrainRlConfig) -> dict[str, Any]:
-    """Train a policy; returns a summary.
+def run(config: TrainRlConfig) -> dict[str, Any] | None:
+    """Train a policy; returns a summary, and None in all processes but the first.
 
     Raises:
         RlfrError: anything wrong with config, inputs or run folder, before work starts.
@@ -137,7 +137,7 @@ def run(config: TrainRlConfig) -> dict[str, Any]:
         return _run(config, ranks)
 
 
-def _run(config: TrainRlConfig, ranks: Ranks) -> dict[str, Any]:
+def _run(config: TrainRlConfig, ranks: Ranks) -> dict[str, Any] | None:
     with grading_pool(config.grading) as pool:
         plan = _plan(config, pool)
         _check_ranks(config, ranks)
@@ -152,7 +152,8 @@ def _run(config: TrainRlConfig, ranks: Ranks) -> dict[str, Any]:
             return {"dry_run": True, **plan.describe()}
         if not ranks.is_first:
             ranks.barrier()  # until rank 0 has opened the folder
-            return _follow(plan, RunFolder.open(config.out), pool, ranks)
+            _follow(plan, RunFolder.open(config.out), pool, ranks)
+            return None
         folder = RunFolder.create(
             config.out,
             config=to_table(config, for_artifact=True),
@@ -182,12 +183,11 @@ def _run(config: TrainRlConfig, ranks: Ranks) -> dict[str, Any]:
         return _summary(plan, folder)
 
 
-def _follow(plan: Plan, folder: RunFolder, pool: GradingPool, ranks: Ranks) -> dict[str, Any]:
+def _follow(plan: Plan, folder: RunFolder, pool: GradingPool, ranks: Ranks) -> None:
     """The run of every rank but the first, which reads and writes for them all and says what happens."""
     if ranks.broadcast(0) < plan.total_steps:
         with during_work(), suppress(Stopped):
             _train(plan, folder, pool, ranks)
-    return {}
 
 
 def _check_ranks(config: TrainRlConfig, ranks: Ranks) -> None:
