@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py
 
 Runs the project's own code on a random model of SmolLM2-135M's sizes (or those of --config) and a flow of its hidden
-size: reading, two micro-batches and an optimiser step of training, drawing, a step of fit-flow, scoring. Counted are
+size: reading, two micro-batches and an optimiser step of training, drawing, a step of fit-flow, scoring, and
+what train-rl does with a flow. Counted are
 the bytes that tensors take at most, weights and moments included: on a CPU the allocations that torch's profiler
 records, on a GPU (--device cuda) torch.cuda.max_memory_allocated. What the whole process takes is printed apart.
 """
@@ -23,13 +24,16 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from rlfr_cli.artifacts.rollouts import RolloutRow
+from rlfr_cli.config.flow import FlowRewardConfig, ScoreSource
+from rlfr_cli.config.rl import OnlineConfig
 from rlfr_cli.engines.adamw import NamedAdamW
 from rlfr_cli.engines.generation import GenerationRequest, Sampling
 from rlfr_cli.engines.hf import HfEngine
 from rlfr_cli.engines.single import SingleProcessEngine
 from rlfr_cli.flow.choices import Context
 from rlfr_cli.flow.flow import Flow
-from rlfr_cli.flow.matching import accumulate_matching_gradients
+from rlfr_cli.flow.matching import DEFAULT_TOKENS_PER_CHUNK, accumulate_matching_gradients
 from rlfr_cli.flow.noise import keyed_generator
 from rlfr_cli.flow.pairing import Pairing, TappedLayers
 from rlfr_cli.flow.velocity import VelocityNetwork, VelocitySizes
@@ -38,6 +42,8 @@ from rlfr_cli.planning.memory import MicroBatch, Numbers, reading, sampling, ste
 from rlfr_cli.planning.model_sizes import ModelSizes, model_sizes
 from rlfr_cli.policy.forward import TokenSequence, forward_batches, response_logprobs
 from rlfr_cli.policy.loading import Placement, Policy
+from rlfr_cli.rl.measuring import measure
+from rlfr_cli.rl.online import update_flow
 
 SMOLLM2_135M = {
     "model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
@@ -204,14 +210,12 @@ def drawing_case(
 
 def flow_cases(sizes: ModelSizes, tokens: int, compute: torch.dtype, device: torch.device) -> Iterator[Case]:
     """A step of fit-flow after the first, and scoring with two timesteps and two draws."""
-    size, layers = sizes.hidden_size, tuple(index * sizes.num_blocks // 30 for index in LAYERS)
-    network = VelocityNetwork(VelocitySizes(latent_size=size, condition_size=size, width=size, depth=DEPTH)).to(device)
-    flow = Flow(network, TappedLayers(layers, sizes.num_blocks), (Pairing(Context.NEXT),))
-    planned = FlowSizes(
-        latent_size=size, width=size, depth=DEPTH, states=len(layers), layers=len(layers), pairings=1
-    )  # fmt: skip
+    flow, planned = random_flow(sizes, device)
+    network, size = flow.network, sizes.hidden_size
     optimiser = NamedAdamW(network.named_parameters(), weight_decay=0.01, clip_norm=1.0)
-    latents = [torch.randn(tokens // 4 + 1, len(layers), size, dtype=torch.bfloat16, device=device) for _ in range(4)]
+    latents = [
+        torch.randn(tokens // 4 + 1, planned.states, size, dtype=torch.bfloat16, device=device) for _ in range(4)
+    ]
     casts, name = compute != torch.float32, str(compute).removeprefix("torch.")
     chunk = tokens // 2
     held = planned.latents_bytes(tokens, 2)
@@ -236,12 +240,66 @@ def flow_cases(sizes: ModelSizes, tokens: int, compute: torch.dtype, device: tor
     yield Case(f"score, {name}", state + held + predicted, state + held + allocated(score, device), state)
 
 
+def online_cases(
+    config: dict[str, Any], sizes: ModelSizes, rows: int, length: int, compute: torch.dtype, device: torch.device
+) -> Iterator[Case]:
+    """What train-rl does with a flow: measure two batches and keep their latents, then the flow's update on them."""
+    numbers, name = numbers_of(torch.float32, compute, device), str(compute).removeprefix("torch.")
+    policy = random_policy(config, torch.float32, compute, device)
+    flow, planned = random_flow(sizes, device)
+    optimiser = NamedAdamW(flow.network.named_parameters(), weight_decay=0.01, clip_norm=1.0)
+    response = length - PROMPT
+    rollouts = [
+        RolloutRow(
+            problem_id="p", sample_index=index, problem="", answer=[], prompt_token_ids=[1] * PROMPT,
+            response_token_ids=[2] * response, response_logprobs=None, response="", finish_reason="stop",
+        )
+        for index in range(2 * rows)
+    ]  # fmt: skip
+    found: list[Any] = []
+
+    def measure_all() -> None:
+        measured = measure(
+            policy, flow, rollouts, [True] * len(rollouts), temperature=1.0, reward=FlowRewardConfig(),
+            scores_from=ScoreSource.FLOW, key=(0,), tokens_per_batch=rows * length,
+        )  # fmt: skip
+        found[:] = [measured.latents]
+
+    def update() -> None:
+        weights = {index: torch.ones(response, device=device) for index in found[0]}
+        update_flow(flow, optimiser, found[0], weights, OnlineConfig(), (0.8,), (0,), compute)
+
+    update_of = dict(casts=compute != torch.float32)
+    batch = MicroBatch(rows * length, rows * response)
+    state = 4 * sizes.parameters + 4 * planned.parameters
+    kept = planned.latents_bytes(2 * rows * (response + 1), 4)
+    scoring = planned.scoring_bytes(rows * response, 1, 1, **update_of) + 2 * planned.latents_bytes(rows * response, 4)
+    predicted = kept + max(reading(sizes, numbers, batch, sizes.num_blocks).total, scoring)
+    yield Case(f"measure with a flow, {name}", state + predicted, state + allocated(measure_all, device), state)
+    del policy
+    update()  # moments exist from here on
+    state = 12 * planned.parameters + kept
+    fitting = planned.fitting_bytes(2 * rows * response, DEFAULT_TOKENS_PER_CHUNK, **update_of)
+    predicted = kept + 4 * planned.parameters + fitting
+    yield Case(f"flow update, {name}", state + predicted, state + allocated(update, device), state)
+
+
+def random_flow(sizes: ModelSizes, device: torch.device) -> tuple[Flow, FlowSizes]:
+    """A flow of the model's hidden size, and its sizes."""
+    size, layers = sizes.hidden_size, tuple(index * sizes.num_blocks // 30 for index in LAYERS)
+    network = VelocityNetwork(VelocitySizes(latent_size=size, condition_size=size, width=size, depth=DEPTH)).to(device)
+    count = len(layers)
+    planned = FlowSizes(latent_size=size, width=size, depth=DEPTH, states=count, layers=count, pairings=1)
+    return Flow(network, TappedLayers(layers, sizes.num_blocks), (Pairing(Context.NEXT),)), planned
+
+
 def cases(config: dict[str, Any], rows: int, length: int, device: torch.device) -> Iterator[Case]:
     """Every case, for micro-batches of this many rows of this length."""
     sizes = model_sizes(config)
     for compute in (torch.float32, torch.bfloat16):
         yield from training_cases(config, sizes, rows, length, compute, device)
         yield from flow_cases(sizes, rows * length, compute, device)
+        yield from online_cases(config, sizes, rows, length, compute, device)
         yield drawing_case(config, sizes, torch.float32, compute, device)
     yield drawing_case(config, sizes, torch.bfloat16, torch.bfloat16, device)
     yield foreach_case(config, sizes, device)

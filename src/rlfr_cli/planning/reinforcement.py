@@ -71,17 +71,21 @@ def _phases(setting: Setting, flow: FlowSizes | None) -> tuple[Phase, ...]:
     whole = {"weights": state.whole}
     whole_batch, batch = micro_batch(setting, responses), micro_batch(setting, _minibatch(setting))
     reads = [reading(model, numbers, whole_batch, model.num_blocks).parts]
+    measured = latents
     if flow is not None:
+        of_batch = flow.latents_bytes(whole_batch.predicted, numbers.weight)
+        measured = {"latents": max(latents["latents"], of_batch)}
         scoring = flow.scoring_bytes(
             whole_batch.predicted, len(reward.timestep), reward.num_draws, casts=numbers.compute < 4
         )
-        reads.append({"flow": scoring, "latents": 2 * flow.latents_bytes(whole_batch.predicted, numbers.weight)})
+        # As they were tapped and as they are paired, beside those that are kept.
+        reads.append({"flow": scoring, "latents": 2 * of_batch})
     after = add(resting, latents)
     gradients = {"gradients": state.gradients}
     update = updating(model, numbers, batch, checkpointing=config.optimiser.gradient_checkpointing)
     phases = [
         Phase("generate", add(resting, whole, draws)),
-        largest("measure", *(add(after, whole, read) for read in reads)),
+        largest("measure", *(add(resting, measured, whole, read) for read in reads)),
         Phase("update", add(after, gradients, update.parts)),
         Phase("optimiser step", add(after, gradients, {"optimiser": state.stepping})),
     ]

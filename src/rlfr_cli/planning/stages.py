@@ -144,7 +144,9 @@ def plan_scoring(setting: Setting) -> StagePlan:
     scoring = flow.scoring_bytes(
         config.tokens_per_batch, len(reward.timestep), reward.num_draws, casts=numbers.compute < 4
     )
-    latents = {"latents": 2 * flow.latents_bytes(config.tokens_per_batch, numbers.weight)}
+    # As they were read (tapped, then stacked) and as they are paired.
+    copies = 2 if config.latents is not None else 3
+    latents = {"latents": copies * flow.latents_bytes(config.tokens_per_batch, numbers.weight)}
     other = {"flow": responses * tokens * flow.scoring_flops(len(reward.timestep), reward.num_draws)}
     phases = [Phase("score", add(held, latents, {"flow": scoring}))]
     if config.latents is None:
