@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python benchmarks/memory.py
 
 Runs the project's own code on a random model of SmolLM2-135M's sizes (or those of --config) and a flow of its hidden
-size: reading, two micro-batches and an optimiser step of training, drawing, a step of fit-flow, scoring, and
-what train-rl does with a flow. Counted are
-the bytes that tensors take at most, weights and moments included: on a CPU the allocations that torch's profiler
-records, on a GPU (--device cuda) torch.cuda.max_memory_allocated. What the whole process takes is printed apart.
+size: reading, two micro-batches and an optimiser step of training, drawing, a step of fit-flow, scoring, and what
+train-rl does with a flow. Counted are the bytes that tensors take at most, weights and moments included: on a CPU the
+allocations that torch's profiler records (it writes lines of its own to stderr), on a GPU (--device cuda)
+torch.cuda.max_memory_allocated. What the whole process takes is printed apart. Ten minutes on one thread.
 """
 
 from __future__ import annotations
@@ -269,17 +269,16 @@ def online_cases(
         weights = {index: torch.ones(response, device=device) for index in found[0]}
         update_flow(flow, optimiser, found[0], weights, OnlineConfig(), (0.8,), (0,), compute)
 
-    update_of = dict(casts=compute != torch.float32)
+    casts = compute != torch.float32
     batch = MicroBatch(rows * length, rows * response)
     state = 4 * sizes.parameters + 4 * planned.parameters
     kept = planned.latents_bytes(2 * rows * (response + 1), 4)
-    scoring = planned.scoring_bytes(rows * response, 1, 1, **update_of) + 2 * planned.latents_bytes(rows * response, 4)
+    scoring = planned.scoring_bytes(rows * response, 1, 1, casts=casts) + 2 * planned.latents_bytes(rows * response, 4)
     predicted = kept + max(reading(sizes, numbers, batch, sizes.num_blocks).total, scoring)
     yield Case(f"measure with a flow, {name}", state + predicted, state + allocated(measure_all, device), state)
-    del policy
     update()  # moments exist from here on
     state = 12 * planned.parameters + kept
-    fitting = planned.fitting_bytes(2 * rows * response, DEFAULT_TOKENS_PER_CHUNK, **update_of)
+    fitting = planned.fitting_bytes(2 * rows * response, DEFAULT_TOKENS_PER_CHUNK, casts=casts)
     predicted = kept + 4 * planned.parameters + fitting
     yield Case(f"flow update, {name}", state + predicted, state + allocated(update, device), state)
 

@@ -17,7 +17,7 @@ import torch
 
 from rlfr_cli.config.engine import WeightTransfer
 from rlfr_cli.engines import vllm_weights
-from rlfr_cli.engines.vllm import _all, _interruptible, _LoopThread
+from rlfr_cli.engines.vllm_process import LoopThread, all_of, interruptible
 from rlfr_cli.engines.vllm_weights import FileRoute, TransferRoute, open_route, write_files
 from rlfr_cli.engines.vllm_worker import WorkerExtension, read_tensors
 
@@ -155,7 +155,7 @@ def test_ctrl_c_ends_a_start_that_swallows_keyboard_interrupts(number: signal.Si
         raise KeyboardInterrupt
 
     def start() -> None:
-        with _interruptible():
+        with interruptible():
             try:
                 os.kill(os.getpid(), number)
             except KeyboardInterrupt:
@@ -173,18 +173,18 @@ def test_ctrl_c_ends_a_start_that_swallows_keyboard_interrupts(number: signal.Si
 def test_signals_that_nobody_handles_are_left_alone() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        with _interruptible():
+        with interruptible():
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
-    thread = threading.Thread(target=lambda: _interruptible().__enter__())
+    thread = threading.Thread(target=lambda: interruptible().__enter__())
     thread.start()
     thread.join()
     assert callable(signal.getsignal(signal.SIGINT))
 
 
 def test_results_come_in_order_and_the_first_failure_ends_the_others() -> None:
-    loop = _LoopThread()
+    loop = LoopThread()
     cancelled: list[str] = []
 
     async def wait(seconds: float, name: str) -> str:
@@ -199,16 +199,16 @@ def test_results_come_in_order_and_the_first_failure_ends_the_others() -> None:
         await asyncio.sleep(0.01)
         raise ValueError("broken")
 
-    assert loop.run(_all([wait(0.02, "slow"), wait(0.0, "quick")])) == ["slow", "quick"]
-    assert loop.run(_all([])) == []
+    assert loop.run(all_of([wait(0.02, "slow"), wait(0.0, "quick")])) == ["slow", "quick"]
+    assert loop.run(all_of([])) == []
     with pytest.raises(ValueError, match="broken"):
-        loop.run(_all([wait(60, "long"), fail()]))
+        loop.run(all_of([wait(60, "long"), fail()]))
     assert cancelled == ["long"]
     loop.close()
 
 
 def test_ctrl_c_cancels_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = _LoopThread()
+    loop = LoopThread()
     ended = threading.Event()
 
     async def long() -> None:

@@ -46,6 +46,12 @@ def test_latents_are_kept_until_the_flow_has_learned_and_packed_for_it() -> None
     assert still["update"].parts["latents"] == 0
 
 
+def test_experts_are_mixed_in_by_their_share_and_packed_too() -> None:
+    mixed = with_option(paper(), "train-rl", "online.expert_latents", "l")
+    third = with_option(mixed, "train-rl", "online.expert_share", 0.25)  # one expert for three of the policy's own
+    assert phases(third)["flow update"].parts["latents"] == pytest.approx(2 * LATENTS * 4 / 3)
+
+
 def test_several_gpus_share_the_batch_out() -> None:
     one, eight = phases(paper()), phases(paper(gpus=8))
     # An eighth of the responses, and hidden states in bfloat16 under DeepSpeed.

@@ -58,7 +58,7 @@ def test_more_gpus_come_last_and_are_as_few_as_will_do() -> None:
         ("sample", 16.2, "--tokens-per-batch 8192"),
         ("sample", 12, "--engine vllm --tensor-parallel-size 4"),
         ("extract-latents", 13, "--tokens-per-batch 8192"),
-        ("score", 14.7, "--tokens-per-batch 8192"),
+        ("score", 15.0, "--tokens-per-batch 8192"),
         ("fit-flow", 16, "--tokens-per-chunk 8192"),
     ],
 )

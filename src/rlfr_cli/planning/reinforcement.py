@@ -11,7 +11,7 @@ import math
 
 from rlfr_cli.flow.matching import DEFAULT_TOKENS_PER_CHUNK
 from rlfr_cli.planning.flow_sizes import FlowSizes
-from rlfr_cli.planning.memory import MicroBatch, Parts, Phase, add, largest, reading, updating
+from rlfr_cli.planning.memory import MicroBatch, Numbers, Parts, Phase, add, largest, reading, updating
 from rlfr_cli.planning.setting import Setting
 from rlfr_cli.planning.stages import RESPONSE_TOKEN, StagePlan, drawing, rollout_bytes
 from rlfr_cli.planning.training_state import TrainingState, training_state
@@ -69,7 +69,9 @@ def _phases(setting: Setting, flow: FlowSizes | None) -> tuple[Phase, ...]:
         latents = {"latents": flow.latents_bytes(kept, numbers.weight) if learns else 0.0}
     draws = drawing(setting, config, numbers, responses, config.rollout.group_size)
     whole = {"weights": state.whole}
-    whole_batch, batch = micro_batch(setting, responses), micro_batch(setting, _minibatch(setting))
+    # A minibatch is drawn from the responses of all GPUs, and one may have to do most of it.
+    minibatch = min(config.optimiser.minibatch_responses, responses)
+    whole_batch, batch = micro_batch(setting, responses), micro_batch(setting, minibatch)
     reads = [reading(model, numbers, whole_batch, model.num_blocks).parts]
     measured = latents
     if flow is not None:
@@ -90,16 +92,21 @@ def _phases(setting: Setting, flow: FlowSizes | None) -> tuple[Phase, ...]:
         Phase("optimiser step", add(after, gradients, {"optimiser": state.stepping})),
     ]
     if flow is not None and config.online.online_steps > 0:
-        # Passes of a chunk with all its tokens' noise; afterwards sums over ranks, or the step of all weights at once.
-        passes = flow.fitting_bytes(kept, DEFAULT_TOKENS_PER_CHUNK, casts=numbers.compute < 4)
-        fitting = 4 * flow.parameters + max(passes, (8 if gpus > 1 else 4) * flow.parameters)
-        phases.append(Phase("flow update", add(after, latents, {"flow": fitting})))
+        phases.append(Phase("flow update", add(after, _flow_update(setting, flow, kept, numbers))))
     return tuple(phases)
 
 
-def _minibatch(setting: Setting) -> float:
-    rollout, optimiser = setting.recipe.train.rollout, setting.recipe.train.optimiser
-    return min(optimiser.minibatch_responses, rollout.prompts_per_step * rollout.group_size) / setting.plan.gpus
+def _flow_update(setting: Setting, flow: FlowSizes, kept: float, numbers: Numbers) -> Parts:
+    """Beside the kept latents of so many tokens: those of experts, all packed, and the passes of the fit."""
+    online = setting.recipe.train.online
+    odds = 0 if online.expert_latents is None else online.expert_share / (1 - online.expert_share)
+    # Passes of a chunk and all tokens' noise; afterwards sums over GPUs, or the step of all weights at once.
+    passes = flow.fitting_bytes((1 + odds) * kept, DEFAULT_TOKENS_PER_CHUNK, casts=numbers.compute < 4)
+    afterwards = (8 if setting.plan.gpus > 1 else 4) * flow.parameters
+    return {
+        "latents": (1 + 2 * odds) * flow.latents_bytes(kept, numbers.weight),
+        "flow": 4 * flow.parameters + max(passes, afterwards),
+    }
 
 
 def _reference(setting: Setting) -> Parts:
