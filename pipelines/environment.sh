@@ -4,6 +4,7 @@
 
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${RLFR_VENV:-$repository/.venv}"
+[[ "$venv" = /* ]] || venv="$PWD/$venv"  # since PATH is to hold it whatever folder a script works in
 
 if [ ! -x "$venv/bin/python" ]; then
     python="${RLFR_PYTHON:-python3}"

@@ -11,7 +11,7 @@ set -euo pipefail
 deepspeed_version=0.19.8
 torch_version=2.13.0
 
-python -m pip install --quiet "torch==$torch_version" setuptools wheel packaging
-python -m pip install --quiet --no-build-isolation "deepspeed==$deepspeed_version"
+python -m pip install -qq --disable-pip-version-check "torch==$torch_version" setuptools wheel packaging
+python -m pip install -qq --disable-pip-version-check --no-build-isolation "deepspeed==$deepspeed_version"
 
 DS_ACCELERATOR=cpu python -c 'import deepspeed; print("DeepSpeed", deepspeed.__version__, "is installed")'

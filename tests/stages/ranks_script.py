@@ -9,6 +9,7 @@ in a call of its own, keyed by its problem: then two processes must train as one
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,15 +40,19 @@ def respond(
 def main() -> None:
     model, problems, flow, out, steps = sys.argv[1:6]
     options = json.loads(sys.argv[6]) if len(sys.argv) > 6 else {}
+    if "RANK" in os.environ:
+        Path(f"{out}.pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     Responder.respond = respond  # type: ignore[method-assign]
     values: dict[str, Any] = {
         "flow": Path(flow),
-        "rollout": RolloutConfig(prompts_per_step=3, group_size=4, steps=int(steps), **options.pop("rollout", {})),
+        "rollout": RolloutConfig(
+            **{"prompts_per_step": 3, "group_size": 4, "steps": int(steps), **options.pop("rollout", {})}
+        ),
         "optimiser": OptimiserConfig(learning_rate=1e-4, minibatch_responses=8, warmup_fraction=0.0),
         "policy_loss": PolicyLossConfig(**options.pop("policy_loss", {})),
         "online": OnlineConfig(**options.pop("online", {"online_steps": 0})),
         "training": TrainingEngineConfig(**options.pop("training", {})),
-        "run": RunConfig(tensorboard=False, save_every=1, keep_checkpoints=9),
+        "run": RunConfig(tensorboard=False, **{"save_every": 1, "keep_checkpoints": 9, **options.pop("run", {})}),
     }
     train_rl.run(train_config(Path(model), Path(problems), Path(out), **values, **options))
 

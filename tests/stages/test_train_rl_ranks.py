@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +17,34 @@ from safetensors.torch import load_file
 
 from rlfr_cli.artifacts.flow_file import read_flow
 from rlfr_cli.artifacts.rollouts import iter_rollouts
-from stages.tiny_stages import TinyArtifacts, rows_of_metrics
+from stages.tiny_stages import TinyArtifacts, bytes_of, rows_of_metrics
 
 SCRIPT = Path(__file__).parent / "ranks_script.py"
 
 
 def train(tiny: TinyArtifacts, out: Path, processes: int, steps: int = 2, **options: Any) -> str:
     """A run in so many processes; returns what they said."""
+    with begin(tiny, out, processes, steps, **options) as started:
+        said = started.communicate(timeout=280)[1]
+    assert started.returncode == 0, said[-3000:]
+    return said
+
+
+def begin(tiny: TinyArtifacts, out: Path, processes: int, steps: int, **options: Any) -> subprocess.Popen[str]:
+    """A run in so many processes, each of which writes its number into ``OUT.pid-RANK``."""
     command = [sys.executable, str(SCRIPT)]
     if processes > 1:
         launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
         command = [sys.executable, *launcher, str(SCRIPT)]
         options = {**options, "training": {"zero_stage": 0, **options.get("training", {})}}
     given = [tiny.policy, tiny.problems, tiny.flow, out, steps, json.dumps(options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    done = subprocess.run(
-        [*command, *map(str, given)], env=environment, capture_output=True, text=True, timeout=280, check=False
+    return subprocess.Popen(
+        [*command, *map(str, given)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
 
 
 def weights_of(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -87,6 +98,47 @@ def test_the_flow_learns_from_the_accepted_responses_of_all_processes(tiny: Tiny
     assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
+def kill_one_and_go_on(tiny: TinyArtifacts, folder: Path, dead: int, **options: Any) -> None:
+    """Kill a rank between checkpoints: all end within a minute and say which, and a resumed run is the whole one."""
+    options = {"run": {"save_every": 2}, "online": {"online_steps": 1}, **options}
+    broken, whole = folder / "broken", folder / "whole"
+    with begin(tiny, broken, 2, 4, **options) as started:
+        try:
+            wait_for_steps(broken, 3, started)
+            os.kill(int(Path(f"{broken}.pid-{dead}").read_text()), signal.SIGKILL)
+            said = started.communicate(timeout=60)[1]
+        finally:
+            started.kill()
+    assert started.returncode == 1
+    assert f"rank {dead} of 2 has ended before its work was done" in said
+    assert "--resume" in said
+    assert rows_of_metrics(broken)[-1]["step"] == 3  # one step past the checkpoint, to be done again
+    train(tiny, broken, 2, 4, resume=True, **options)
+    train(tiny, whole, 2, 4, **options)
+    assert [line["step"] for line in rows_of_metrics(broken)] == [1, 2, 3, 4]
+    assert bytes_of(broken / "rollouts") == bytes_of(whole / "rollouts")
+    for name in ("model", "flow.safetensors", "trainer"):
+        last = [run / "checkpoints" / "step-000004" / name for run in (broken, whole)]
+        assert bytes_of(last[0]) == bytes_of(last[1]), name
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    """Until so many steps are in the metrics."""
+    file = run / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not file.exists() or file.read_bytes().count(b"\n") < steps:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_nothing_is_lost_or_counted_twice(
+    tiny: TinyArtifacts, tmp_path: Path
+) -> None:
+    kill_one_and_go_on(tiny, tmp_path, dead=1)
+
+
 @pytest.mark.slow
 def test_dynamic_sampling_counts_the_groups_of_all_processes(tiny: TinyArtifacts, tmp_path: Path) -> None:
     rollout = {"dynamic_sampling": True, "max_sampling_rounds": 3, "uniform_groups": "drop"}
@@ -104,3 +156,23 @@ def test_deepspeed_trains_as_one_process_does(stage: int, tiny: TinyArtifacts, t
     train(tiny, tmp_path / "1", 1)
     train(tiny, tmp_path / "2", 2, training={"zero_stage": stage})
     assert_same_training(tmp_path / "1", tmp_path / "2", tiny.policy, 2)
+
+
+@pytest.mark.engines
+def test_a_killed_first_process_of_deepspeed_ends_the_run_and_nothing_is_lost(
+    tiny: TinyArtifacts, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; tests/run.sh --engines installs it")
+    kill_one_and_go_on(tiny, tmp_path, dead=0, training={"zero_stage": 2})
+
+
+@pytest.mark.engines
+def test_a_run_goes_on_in_another_stage_with_four_processes(tiny: TinyArtifacts, tmp_path: Path) -> None:
+    """One step in ZeRO 3 with two processes, one in ZeRO 2 with four of which one has nothing, one in plain PyTorch."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; tests/run.sh --engines installs it")
+    rollout = {"prompts_per_step": 4}
+    for processes, stage, steps in ((2, 3, 1), (4, 2, 2), (1, 0, 3)):
+        resume = steps > 1
+        train(tiny, tmp_path / "many", processes, steps, training={"zero_stage": stage}, rollout=rollout, resume=resume)
+        train(tiny, tmp_path / "one", 1, steps, rollout=rollout, resume=resume)
+    assert_same_training(tmp_path / "one", tmp_path / "many", tiny.policy, 3)
