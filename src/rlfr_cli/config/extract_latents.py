@@ -10,6 +10,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from rlfr_cli.config.common import CommonConfig, PromptConfig, check_part
+from rlfr_cli.config.engine import EngineConfig, EngineName
 from rlfr_cli.config.fields import group, option
 from rlfr_cli.errors import ConfigError
 from rlfr_cli.states import parse_state
@@ -91,6 +92,25 @@ class ReadResponsesConfig(CommonConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReadingConfig(EngineConfig):
+    """What reads the responses. All but the first are options of vLLM."""
+
+    engine: EngineName = option(
+        EngineName.HF,
+        help="What reads the responses: hf is transformers, bit for bit the same on every run; vllm gives the same "
+        "latents to the precision of --dtype.",
+    )
+    max_num_seqs: int | None = option(
+        None, help="With vllm: most responses that are read at once.", minimum=1, path=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.engine is EngineName.AUTO:
+            raise ConfigError("--engine auto: latents of one folder come from one engine", hint="give hf or vllm")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExtractLatentsConfig(ReadResponsesConfig):
     """One of `rollouts` and `data` is given."""
 
@@ -110,6 +130,7 @@ class ExtractLatentsConfig(ReadResponsesConfig):
         minimum=1,
     )
     problems_per_shard: int = option(64, help="Problems in one unit of work, which is one shard.", minimum=1)
+    reading: ReadingConfig = group(ReadingConfig, panel="Reading engine")
     part: str | None = option(None, help="Do only this share of the work, such as 3/16.", metavar="I/N", path=True)
 
     def __post_init__(self) -> None:

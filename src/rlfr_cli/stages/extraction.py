@@ -1,6 +1,7 @@
 """Latents of responses, read by a decoder in padded batches: what `extract-latents` stores and `fit-flow` fits.
 
-One function for both, so that a flow does not depend on whether its latents were stored.
+One function for both, so that a flow does not depend on whether its latents were stored. `extract-latents` may have
+vLLM read the responses in its place.
 """
 
 from __future__ import annotations
@@ -42,10 +43,19 @@ def extracted_latents(
     """
     for batch in token_budget_batches([len(s) for s in sequences], tokens_per_batch):
         kept = decoder_latents(decoder, taps, [sequences[index] for index in batch], num_prompt, device)
-        rounded = [latents_TJD.to(LATENT_DTYPES.get(store, latents_TJD.dtype)) for latents_TJD in kept]
-        if not bool(torch.stack([latents_TJD.isfinite().all() for latents_TJD in rounded]).all()):
-            raise WorkError(
-                f"some latents are not finite numbers in {str(rounded[0].dtype).removeprefix('torch.')}",
-                hint="hidden states may exceed float16, which ends at 65504: use --store bfloat16 and --dtype bfloat16",
-            )
-        yield from zip(batch, rounded, strict=True)
+        yield from zip(batch, rounded_latents(kept, store), strict=True)
+
+
+def rounded_latents(latents: Sequence[torch.Tensor], store: StoreDtype) -> list[torch.Tensor]:
+    """Latents [num_prompt + T, J, D] in the dtype of their shard, or for int8 as they are.
+
+    Raises:
+        WorkError: one is not a finite number in that dtype.
+    """
+    rounded = [latents_TJD.to(LATENT_DTYPES.get(store, latents_TJD.dtype)) for latents_TJD in latents]
+    if not bool(torch.stack([latents_TJD.isfinite().all() for latents_TJD in rounded]).all()):
+        raise WorkError(
+            f"some latents are not finite numbers in {str(rounded[0].dtype).removeprefix('torch.')}",
+            hint="hidden states may exceed float16, which ends at 65504: use --store bfloat16 and --dtype bfloat16",
+        )
+    return rounded
