@@ -61,7 +61,7 @@ stage() {
 }
 on_all() { launcher=launch stage "$@"; }
 limit="${LIMIT:+--limit $LIMIT}"
-# One GPU fits on the fly, for hours already; stored latents of 5,000 long solutions are some 90 GB.
+# On the fly nothing is stored; stored latents of 5,000 long solutions are some 90 GB.
 [ "$FIT" = fly ] && experts=10000 || experts=5000
 experts="${EXPERTS:-${LIMIT:-$experts}}"
 fit_steps="${FIT_STEPS:+--steps $FIT_STEPS}"
@@ -71,13 +71,13 @@ step "1/6 a flow of the policy's latents on expert solutions"
 expert=(--model "$model" --data "$data/openr1_math.jsonl" --limit "$experts")
 flow="$out/flow.safetensors"
 if [ "$FIT" = fly ]; then
-    stage fit-flow "${expert[@]}" --out "$flow" $fit_steps
+    on_all fit-flow "${expert[@]}" --out "$flow" $fit_steps
 else
     on_all extract-latents "${expert[@]}" --out "$out/latents"
     if [ -n "$dry" ] && [ ! -f "$out/latents/manifest.json" ]; then
         skip fit-flow "$out/latents"
     else
-        stage fit-flow "$out/latents" --out "$flow" $fit_steps
+        on_all fit-flow "$out/latents" --out "$flow" $fit_steps
     fi
 fi
 

@@ -237,6 +237,14 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, __version__ + "\n")
 
 
+def test_the_deepspeed_launchers_option_is_taken_and_not_shown(tmp_path: Path) -> None:
+    """It calls `-m rlfr_cli.cli --local_rank=0 train-rl …`."""
+    show = ["show", str(tmp_path / "nothing")]
+    given, plain = (CliRunner().invoke(app, [*extra, *show]) for extra in (["--local_rank=1"], []))
+    assert (given.exit_code, given.stderr) == (plain.exit_code, plain.stderr)
+    assert "local_rank" not in CliRunner().invoke(app, ["--help"]).stdout
+
+
 def test_an_unknown_exception_is_a_plain_traceback() -> None:
     process = run_fake("raise ZeroDivisionError('inside')")
     out, err = process.communicate(timeout=30)
@@ -356,14 +364,25 @@ def test_a_bad_config_from_python_is_the_same_error() -> None:
         SampleConfig(model="m", problems=ProblemsConfig(data="d"), seed=-1)
 
 
-@pytest.mark.parametrize("command", ["fit-flow", "diagnose"])
-def test_a_command_of_one_process_is_refused_in_several(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = {
-        "fit-flow": ["fit-flow", "latents"],
-        "diagnose": ["diagnose", "--flow", "f", "--model", "m", "--rollouts", "r"],
-    }
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    result = CliRunner().invoke(app, arguments[command])
+
+
+@pytest.mark.usefixtures("second_of_two")
+def test_a_command_of_one_process_is_refused_in_several() -> None:
+    result = CliRunner().invoke(app, ["diagnose", "--flow", "f", "--model", "m", "--rollouts", "r"])
     assert result.exit_code == 2
-    assert f"rlfr {command} runs in one process, and torchrun has started 2" in result.stderr
+    assert "rlfr diagnose runs in one process, and torchrun has started 2" in result.stderr
+
+
+@pytest.mark.usefixtures("second_of_two")
+@pytest.mark.parametrize("arguments", [["fit-flow", "latents"], ["train-rl", "--model", "m", "--data", "d"]])
+def test_commands_that_train_together_say_nothing_but_at_their_first_rank(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = types.SimpleNamespace(run=lambda config: None)
+    monkeypatch.setitem(sys.modules, COMMANDS[arguments[0]].stage, stage)
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")

@@ -147,7 +147,7 @@ def test_a_missing_problem_file_stops_the_pipeline_before_any_stage(
     assert not Path(pipeline_environment["OUT"]).exists()
 
 
-def test_with_several_gpus_all_stages_but_fit_and_diagnosis_go_through_torchrun(
+def test_with_several_gpus_all_stages_but_the_diagnosis_go_through_torchrun(
     pipeline_environment: dict[str, str], tmp_path: Path
 ) -> None:
     record_commands(pipeline_environment, tmp_path / "calls")
@@ -156,8 +156,8 @@ def test_with_several_gpus_all_stages_but_fit_and_diagnosis_go_through_torchrun(
     lines = (tmp_path / "calls").read_text(encoding="utf-8").splitlines()
     launched = [line.split(" rlfr ")[1].split()[0] for line in lines if line.startswith("torchrun")]
     alone = [line.split()[1] for line in lines if line.startswith("rlfr")]
-    assert launched == ["extract-latents", "sample", "train-rl", "eval", "eval"]
-    assert alone == ["fit-flow", "diagnose", "show"]
+    assert launched == ["extract-latents", "fit-flow", "sample", "train-rl", "eval", "eval"]
+    assert alone == ["diagnose", "show"]
     assert all("--nproc-per-node 4" in line for line in lines if line.startswith("torchrun"))
 
 
@@ -170,7 +170,7 @@ def test_the_slurm_script_starts_the_same_stages_by_srun(
     done = call("reasoning.slurm", pipeline_environment | slurm | {"ARMS": "rlfr", "EVALUATIONS": "math500"}, tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line for line in (tmp_path / "calls").read_text(encoding="utf-8").splitlines() if line.startswith("srun")]
-    assert [line.split(" rlfr ")[1].split()[0] for line in lines] == ["sample", "train-rl", "eval", "eval"]
+    assert [line.split(" rlfr ")[1].split()[0] for line in lines] == ["fit-flow", "sample", "train-rl", "eval", "eval"]
     assert all("--ntasks-per-node 8" in line and "pipelines/llama-3.1-8b.toml" in line for line in lines)
 
 

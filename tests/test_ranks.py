@@ -133,7 +133,7 @@ def test_merge_exits_with_1_and_the_next_step_while_units_are_missing(
 ) -> None:
     from rlfr_cli.stages import merge
 
-    def merged(path: Path) -> dict[str, Any]:
+    def merged(path: Path, **options: Any) -> dict[str, Any]:
         return {
             "out": str(path),
             "kind": "eval",

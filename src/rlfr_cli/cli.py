@@ -28,7 +28,7 @@ from rlfr_cli.errors import ConfigError, RlfrError
 from rlfr_cli.ranks import rank_of, take_part
 from rlfr_cli.report.tables import Drawing
 
-TRAINS_TOGETHER = ("train-rl",)  # in several processes that tell each other what they do
+TRAINS_TOGETHER = ("train-rl", "fit-flow")  # in several processes that tell each other what they do
 RUN_PANEL = "Recipe and output"
 RUN_OPTIONS: dict[str, tuple[Any, tuple[str, ...], str]] = {
     "config": (Path, ("--config", "-c"), "Recipe: a TOML file with a table per command. Flags override it."),
@@ -42,7 +42,7 @@ PLOT_HELP = (
 )
 MERGE_HELP = (
     "Complete a folder that parts (--part, torchrun, srun) wrote together, if all is there; says what is missing, and "
-    "exits with 1, if not."
+    "exits with 1, if not. Of a checkpoint of adapters (--lora-checkpoint adapter), write model/, with them merged."
 )
 SHOW_HELP = "Say what an artifact is, what it was made from, and whether it is whole; exits with 1 if damaged."
 
@@ -187,6 +187,10 @@ def _root(
         bool,
         typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
     ] = False,
+    local_rank: Annotated[
+        int | None,
+        typer.Option("--local_rank", help="Given by the deepspeed launcher, which sets LOCAL_RANK too.", hidden=True),
+    ] = None,
 ) -> None:
     """Take the options that stand before a command."""
 
@@ -197,14 +201,27 @@ for _name, _command in COMMANDS.items():
 
 @app.command("merge", help=MERGE_HELP)
 def _merge(
-    path: Annotated[Path, typer.Argument(help="The --out of the parts.", metavar="PATH")],
+    path: Annotated[Path, typer.Argument(help="The --out of the parts, or a checkpoint.", metavar="PATH")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base model of a checkpoint of adapters, where it is not where they say.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base model's folder ships.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
 ) -> None:
     with exit_codes():
         module = importlib.import_module("rlfr_cli.stages.merge")
-        merged = module.merge(path)
+        merged = module.merge(path, model=model, trust_remote_code=trust_remote_code)
         if as_json:
             console.emit_json(merged)
+        if merged["kind"] == "checkpoint":
+            console.log(f"{merged['model']} is a plain model folder")
+            return
         if merged["complete"]:
             console.log(f"{path} is complete: {merged['units']} units of {merged['kind']}")
             return

@@ -23,13 +23,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import rlfr_cli.policy.logprobs
+from rlfr_cli.config.lora import LoraConfig
 from rlfr_cli.config.rl import OptimiserConfig
 from rlfr_cli.config.training_engine import TrainingEngineConfig
 from rlfr_cli.engines.ranks import Ranks, open_ranks
 from rlfr_cli.engines.training import TrainingEngine
 from rlfr_cli.engines.training_engines import open_training_engine
+from rlfr_cli.policy.adapters import add_adapters, plan_adapters
 from rlfr_cli.policy.forward import response_logprobs
-from rlfr_cli.policy.loading import load_policy
+from rlfr_cli.policy.loading import Placement, Policy, load_policy
 from tiny_policies import CPU, CPU_BF16, random_sequences
 
 SEQUENCES = random_sequences([(4, 9), (7, 3), (3, 12), (5, 5), (6, 7), (2, 1)])
@@ -53,6 +55,7 @@ class Task:
         spoil: nan or inf, for the last rank's loss in a step before the others.
         whole_policy: run the plain model, each rank a number of times of its own, and then one more step.
         chunk_elements: of ``policy/logprobs.py``.
+        lora_rank: of adapters that are trained in place of the policy; 0 for none.
         dies: a rank that is killed after its steps.
     """
 
@@ -69,6 +72,7 @@ class Task:
     whole_policy: bool = False
     checkpointing: bool = False
     chunk_elements: int = 2**26
+    lora_rank: int = 0
     dies: int | None = None
 
 
@@ -130,11 +134,20 @@ def weights_of(engine: TrainingEngine) -> dict[str, Tensor]:
     return {name: weight.clone() for name, weight in engine.named_weights()}
 
 
+def policy_to_train(folder: Path, placement: Placement, lora_rank: int) -> Policy:
+    """With float32 weights, or with adapters of this rank."""
+    if lora_rank == 0:
+        return load_policy(folder, placement, weights_dtype=torch.float32)
+    policy = load_policy(folder, placement)
+    add_adapters(policy, plan_adapters(LoraConfig(rank=lora_rank), policy.model.config), seed=0)
+    return policy
+
+
 def run_task(task: Task, ranks: Ranks, out: Path) -> None:
     """Open an engine, do what the task says, and leave ``NAME.json`` and ``NAME….safetensors``."""
     placement = CPU_BF16 if task.bfloat16 else CPU
     engine = open_training_engine(
-        load_policy(Path(task.model), placement, weights_dtype=torch.float32),
+        policy_to_train(Path(task.model), placement, task.lora_rank),
         ranks,
         TrainingEngineConfig(**task.engine),
         replace(OPTIMISER, gradient_checkpointing=task.checkpointing),

@@ -15,10 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engines.deepspeed_script import OPTIMISER, Task, logits_of_plain_model, train, weights_of, write_tasks
+from engines.deepspeed_script import (
+    OPTIMISER,
+    Task,
+    logits_of_plain_model,
+    policy_to_train,
+    train,
+    weights_of,
+    write_tasks,
+)
 from rlfr_cli.engines.ranks import ALONE
 from rlfr_cli.engines.single import SingleProcessEngine
-from rlfr_cli.policy.loading import load_policy
 from tiny_policies import CPU
 
 SCRIPT = Path(__file__).with_name("deepspeed_script.py")
@@ -86,9 +93,9 @@ class Reference:
     fourth: Weights
 
 
-def single_engine(model: Path) -> SingleProcessEngine:
+def single_engine(model: Path, lora_rank: int = 0) -> SingleProcessEngine:
     return SingleProcessEngine(
-        load_policy(model, CPU, weights_dtype=torch.float32),
+        policy_to_train(model, CPU, lora_rank),
         stored_dtype=torch.float32,
         betas=(OPTIMISER.beta1, OPTIMISER.beta2),
         weight_decay=OPTIMISER.weight_decay,
@@ -96,8 +103,8 @@ def single_engine(model: Path) -> SingleProcessEngine:
     )
 
 
-def make_reference(model: Path, folder: Path) -> Reference:
-    engine = single_engine(model)
+def make_reference(model: Path, folder: Path, lora_rank: int = 0) -> Reference:
+    engine = single_engine(model, lora_rank)
     first = weights_of(engine)
     steps = train(engine, ALONE, (1, 3))
     third, logits = weights_of(engine), logits_of_plain_model(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,6 +198,21 @@ def test_one_named_gpu_is_used_and_is_too_few_for_several(model: Model, argument
     assert arguments["device_ids"] == [1]
     with pytest.raises(ConfigError, match=r"cuda:1 is one GPU.*needs 2"):
         choose_engine(EngineConfig(engine="vllm", tensor_parallel_size=2), SamplingConfig(), second, PROMPTS)
+
+
+def test_gpus_of_its_own_reach_vllm_and_ask_for_a_meeting(model: Model, arguments: dict[str, Any]) -> None:
+    second = on(model, Placement(torch.device("cuda:1"), torch.bfloat16))
+    config = EngineConfig(engine="vllm", tensor_parallel_size=2)
+    choice = choose_engine(
+        config, SamplingConfig(), second, PROMPTS, weight_transfer=WeightTransfer.NCCL, devices=(5, 6)
+    )
+    assert arguments["device_ids"] == [5, 6]
+    assert "enable_sleep_mode" not in arguments
+    meeting = choice.meeting()
+    assert meeting is not None
+    with socket.socket() as port:
+        port.bind((meeting.address, meeting.port))  # free, and of this machine
+    assert choose_engine(EngineConfig(engine="vllm"), SamplingConfig(), second, PROMPTS).meeting() is None
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,7 @@ def test_fitting_loss_of_a_batch(shared: Path, name: str, monkeypatch: pytest.Mo
         return [draw[weights_M > 0] for hook_draws in draws for draw in hook_draws]
 
     noise, times = iter(replay("noise")), iter([u.sigmoid() for u in replay("u")])
-    monkeypatch.setattr(matching.torch, "randn", lambda *size, **kwargs: next(noise))
+    monkeypatch.setattr(matching.torch, "randn", lambda *size, **kwargs: next(noise).flatten())
     network = recorded_network(recorded)
     result = accumulate_matching_gradients(
         network,

@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from rlfr_cli.flow import matching
 from rlfr_cli.flow.choices import Context
 from rlfr_cli.flow.matching import (
+    NOISE_AT_ONCE,
+    TokenShare,
     accumulate_matching_gradients,
     choose_times,
+    draw_noise_and_times,
     matching_errors,
     matching_loss,
     noised_latents,
@@ -181,3 +185,57 @@ def test_the_loss_falls_and_measuring_adds_no_gradient() -> None:
         accumulate_matching_gradients(network, pairs, torch.Generator().manual_seed(step), noise_repeats=2)
         optimiser.step()
     assert measure(torch.Generator().manual_seed(99)).loss < 0.8 * first
+
+
+@pytest.mark.parametrize("at_once", [48, NOISE_AT_ONCE])
+@pytest.mark.parametrize("counts", [(7, 0, 4), (1, 16, 2, 5), (23,)])
+def test_shares_of_the_noise_are_rows_of_the_whole_draw(
+    counts: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, and later draws too; a share without tokens draws like the others."""
+    monkeypatch.setattr(matching, "NOISE_AT_ONCE", at_once)
+    whole, shared = [], [[] for _ in counts]
+    generator = torch.Generator().manual_seed(5)
+    for draw_times in (sample_times, partial(choose_times, [0.2, 0.7])):
+        whole.append(draw_noise_and_times(sum(counts), SIZE, generator, draw_times))
+    for place, parts in enumerate(shared):
+        generator = torch.Generator().manual_seed(5)
+        for draw_times in (sample_times, partial(choose_times, [0.2, 0.7])):
+            share = TokenShare.of(counts, place)
+            parts.append(draw_noise_and_times(counts[place], SIZE, generator, draw_times, share))
+    for number, (noise, times) in enumerate(whole):
+        assert torch.equal(torch.cat([parts[number][0] for parts in shared]), noise)
+        assert torch.equal(torch.cat([parts[number][1] for parts in shared]), times)
+    generator = torch.Generator().manual_seed(5)
+    assert torch.equal(whole[0][0], torch.randn(sum(counts), SIZE, generator=generator))
+    assert torch.equal(whole[0][1], torch.randn(sum(counts), generator=generator).sigmoid())
+    assert not torch.equal(whole[0][0], whole[1][0])
+
+
+def test_ranks_that_name_their_share_add_up_to_the_whole_batch() -> None:
+    """Tokens of weight 0 have no noise, so a share counts the others alone."""
+    network, pairs = random_network(), random_pairs((5, 3, 7))
+    weights_M = torch.rand(pairs.paired.num_valid) + 0.1
+    weights_M[[1, 4]] = 0
+    whole = accumulate_matching_gradients(
+        network, pairs, torch.Generator().manual_seed(3), weights_M=weights_M, noise_repeats=2
+    )
+    wanted = gradients(network)
+    network.zero_grad()
+    first_M = pairs.paired.sequence_M == 0
+    counts = [int((weights_M[rows] > 0).sum()) for rows in (first_M, ~first_M)]
+    parts = [
+        accumulate_matching_gradients(
+            network,
+            pairs.select(rows),
+            torch.Generator().manual_seed(3),
+            weights_M=weights_M[rows],
+            total_weight=float(weights_M.sum()),
+            share=TokenShare.of(counts, place),
+            noise_repeats=2,
+        )
+        for place, rows in enumerate((first_M, ~first_M))
+    ]
+    torch.testing.assert_close(gradients(network), wanted)
+    torch.testing.assert_close(parts[0].error_sum + parts[1].error_sum, whole.error_sum)
+    torch.testing.assert_close(torch.cat([part.errors_MJ for part in parts]), whole.errors_MJ)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from planning.small_settings import QWEN_7B, make_setting
+from rlfr_cli.config.lora import LoraConfig
 from rlfr_cli.errors import ConfigError
 from rlfr_cli.planning.memory import MicroBatch, Phase
 from rlfr_cli.planning.reinforcement import micro_batch, num_steps, zero_stage
@@ -107,6 +108,24 @@ def test_checkpoints_hold_stored_and_float32_weights_moments_and_the_flow(tmp_pa
     assert disk["checkpoints"] == 3 * ((2 + 4 + 8) * PARAMETERS + 12 * flow)
     one = with_option(setting, "train-rl", "run.keep_checkpoints", 1)
     assert plan_stage(one, "train-rl").disk["checkpoints"] == pytest.approx(disk["checkpoints"] * 2 / 3)
+
+
+def test_adapters_take_little_beside_the_policy() -> None:
+    whole, adapted = paper(), with_option(paper(), "train-rl", "lora", LoraConfig(rank=16))
+    adapters = adapted.adapter_weights()
+    before, after = phases(whole), phases(adapted)
+    assert after["update"].parts["weights"] == 2 * PARAMETERS + 4 * adapters
+    assert after["update"].parts["gradients"] == 4 * adapters  # none of the output head
+    assert after["optimiser step"].parts["optimiser"] == 12 * adapters
+    assert after["update"].parts["casts"] == 0
+    assert after["update"].parts["logits"] < before["update"].parts["logits"]
+    flow = adapted.flow_sizes().parameters
+    disk = plan_stage(adapted, "train-rl").disk["checkpoints"]
+    assert disk == 3 * (2 * PARAMETERS + 16 * adapters + 12 * flow)
+    alone = with_option(paper(), "train-rl", "lora", LoraConfig(rank=16, checkpoint="adapter"))
+    assert plan_stage(alone, "train-rl").disk["checkpoints"] == 3 * (16 * adapters + 12 * flow)
+    work = [plan_stage(setting, "train-rl").work.other["training"] for setting in (whole, adapted)]
+    assert work[1] == pytest.approx(work[0] * 2 / 3)
 
 
 def test_a_reference_policy_is_held_and_reads_too() -> None:

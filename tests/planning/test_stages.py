@@ -88,6 +88,15 @@ def test_fitting_holds_sixteen_bytes_a_weight_and_the_latents_of_a_step_twice(tm
     assert plan.work.tokens == 10 * 32 * 101
 
 
+def test_a_fit_on_eight_gpus_shares_out_the_sequences_and_not_the_flow() -> None:
+    one, eight = (plan_stage(make_setting(QWEN_7B, gpus=count), "fit-flow") for count in (1, 8))
+    alone, shared = one.phases[0].parts, eight.phases[0].parts
+    assert [shared[name] for name in ("weights", "optimiser")] == [alone[name] for name in ("weights", "optimiser")]
+    assert shared["latents"] == alone["latents"] / 8  # 32 sequences a step
+    assert (one.work.gpus, eight.work.gpus) == (1, 8)
+    assert eight.work.other == one.work.other
+
+
 def test_fitting_on_the_fly_holds_the_policy_and_reads_with_it(tmp_path: Path) -> None:
     path = recipe(tmp_path, "[fit-flow]\nmodel = 'm'\ndata = 'd'\n")
     stored, live = (plan_stage(make_setting(QWEN_7B, path), "fit-flow") for path in (None, path))

@@ -46,6 +46,19 @@ def test_stage_three_never_gathers_more_than_there_is() -> None:
     assert state.whole == 0
 
 
+def test_adapters_alone_have_float32_weights_moments_and_gradients() -> None:
+    adapters = 40_370_176
+    alone = training_state(MODEL, NUMBERS, 0, 1, adapters=adapters)
+    assert alone.resting == {"weights": 2 * PARAMETERS + 4 * adapters, "optimiser": 8 * adapters}
+    assert (alone.gradients, alone.stepping) == (4 * adapters, 4 * adapters)
+    assert alone.numbers == Numbers(2, 2)
+    two, three = (training_state(MODEL, NUMBERS, stage, 8, adapters=adapters) for stage in (2, 3))
+    assert two.resting == {"weights": 2 * (PARAMETERS + adapters), "optimiser": 12 * adapters / 8}
+    assert two.gradients == 4 * adapters / 8 + 6 * adapters
+    gathered = 2 * (LIVE + MODEL.embedding)
+    assert three.resting["weights"] == 2 * (PARAMETERS + adapters) / 8 + gathered
+
+
 def test_offloading_moves_bytes_to_main_memory() -> None:
     here = training_state(MODEL, NUMBERS, 3, 8)
     optimiser = training_state(MODEL, NUMBERS, 3, 8, offload_optimiser=True)

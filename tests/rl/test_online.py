@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines.threaded_ranks import on_threads
 from rlfr_cli.config.flow import FlowRewardConfig, ScoreSource
 from rlfr_cli.config.rl import OnlineConfig, OnlineTimes, OptimiserConfig, PolicyLossConfig
 from rlfr_cli.engines.adamw import NamedAdamW
+from rlfr_cli.engines.flow_ranks import check_same_flow
+from rlfr_cli.engines.ranks import ALONE, Ranks
 from rlfr_cli.engines.single import SingleProcessEngine
 from rlfr_cli.engines.training import StepOutcome
 from rlfr_cli.flow.choices import Context
@@ -295,3 +298,54 @@ def test_latents_that_are_not_finite_change_nothing() -> None:
     _, metrics = update(flow, latents, ones(latents))
     assert metrics["flow/steps"] == 0
     assert unchanged(flow, before)
+
+
+# In several processes
+
+
+@pytest.mark.parametrize("times", list(OnlineTimes))
+@pytest.mark.parametrize("shares", [(2, 1, 0, 3), (0, 6), (5, 1)])
+def test_processes_learn_from_their_responses_as_one_does_from_all(shares: tuple[int, ...], times: OnlineTimes) -> None:
+    """Uneven shares, processes without a response, and one whose only response has no weight."""
+    latents = random_latents(6)
+    weights = {index: w * (1 + index % 2) for index, w in ones(latents).items()}
+    weights[2][1] = 0
+    weights[5][:] = 0
+    config = replace(CONFIG, online_steps=2, online_noise_repeats=2, online_timesteps=times)
+    ends = torch.tensor(shares).cumsum(0).tolist()
+    flows = [tiny_flow() for _ in range(len(shares) + 1)]  # here, since threads share the generator of their weights
+
+    def learn(ranks: Ranks) -> tuple[dict[str, float], dict[str, Tensor]]:
+        mine = range(6) if ranks.alone else range(ends[ranks.rank] - shares[ranks.rank], ends[ranks.rank])
+        flow = flows.pop()
+        metrics = update_flow(
+            flow,
+            RecordingAdamW(flow),
+            {index: latents[index] for index in mine},
+            {index: weights[index] for index in mine},
+            config,
+            (0.5, 0.8),
+            KEY,
+            ranks=ranks,
+        )
+        check_same_flow(flow, ranks)
+        return metrics, parameters(flow)
+
+    wanted_metrics, wanted = learn(ALONE)
+    assert wanted_metrics["flow/steps"] == 2
+    start = parameters(tiny_flow())
+    update_norm = sum(float((wanted[name] - start[name]).square().sum()) for name in wanted) ** 0.5
+    for metrics, learned in on_threads(len(shares), learn):
+        assert metrics == pytest.approx(wanted_metrics, rel=1e-5)
+        gap = sum(float((wanted[name] - learned[name]).square().sum()) for name in wanted) ** 0.5
+        assert gap <= 1e-4 * update_norm
+
+
+def test_processes_that_accepted_nothing_take_no_step() -> None:
+    latents, flows = random_latents(1), [tiny_flow(), tiny_flow()]
+
+    def learn(ranks: Ranks) -> dict[str, float]:
+        flow = flows[ranks.rank]
+        return update_flow(flow, RecordingAdamW(flow), latents, {0: torch.zeros(4)}, CONFIG, (0.8,), KEY, ranks=ranks)
+
+    assert on_threads(2, learn) == [{"flow/steps": 0}] * 2

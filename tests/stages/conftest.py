@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from rlfr_cli.config.extract_latents import StoreDtype
+from rlfr_cli.engines.opening import EngineChoice
+from rlfr_cli.policy.loading import Policy, load_policy
 from rlfr_cli.stages import extract_latents, fit_flow, sample
+from stages.copying_engine import CopyingEngine
 from stages.tiny_stages import TinyArtifacts, extract_config, fit_config, sample_config
 from tiny_models import make_model_folder
 
@@ -54,3 +58,17 @@ def tiny(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> TinyArti
 def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 of 4 blocks and hidden size 32, whose tokenizer knows all printable characters."""
     return make_model_folder(tmp_path_factory.mktemp("models") / "qwen2")
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[CopyingEngine]:
+    """Engines that runs open from now on."""
+    opened: list[CopyingEngine] = []
+
+    def open_copy(choice: EngineChoice, policy: Policy | None = None, meeting: object = None) -> CopyingEngine:
+        placement = choice.model.placement
+        opened.append(CopyingEngine(load_policy(choice.model.folder, placement, weights_dtype=torch.float32)))
+        return opened[-1]
+
+    monkeypatch.setattr(EngineChoice, "open", open_copy)
+    return opened

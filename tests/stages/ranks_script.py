@@ -16,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from rlfr_cli.config.lora import LoraConfig
 from rlfr_cli.config.rl import OnlineConfig, OptimiserConfig, PolicyLossConfig, RolloutConfig
 from rlfr_cli.config.train_rl import RunConfig
 from rlfr_cli.config.training_engine import TrainingEngineConfig
@@ -49,6 +50,7 @@ def main() -> None:
             **{"prompts_per_step": 3, "group_size": 4, "steps": int(steps), **options.pop("rollout", {})}
         ),
         "optimiser": OptimiserConfig(learning_rate=1e-4, minibatch_responses=8, warmup_fraction=0.0),
+        "lora": LoraConfig(**options.pop("lora", {})),
         "policy_loss": PolicyLossConfig(**options.pop("policy_loss", {})),
         "online": OnlineConfig(**options.pop("online", {"online_steps": 0})),
         "training": TrainingEngineConfig(**options.pop("training", {})),

@@ -20,7 +20,7 @@ from rlfr_cli.flow.choices import Context
 from rlfr_cli.flow.noise import response_noise
 from rlfr_cli.flow.published import to_published
 from rlfr_cli.flow.velocity import VelocityNetwork
-from rlfr_cli.stages import extract_latents, fit_flow
+from rlfr_cli.stages import extract_latents, fit_flow, fitting
 from rlfr_cli.stages.flow_evaluation import TIMESTEPS
 from rlfr_cli.stages.flows import load_flow, sizes_of
 from rlfr_cli.stages.latent_sequences import LatentSequences
@@ -94,7 +94,7 @@ def test_a_stopped_fit_continues_to_the_bytes_of_an_unbroken_one(
     tiny: TinyArtifacts, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, calls: int
 ) -> None:
     with monkeypatch.context() as patch:
-        interrupt_after(patch, fit_flow._Fit, function, calls)
+        interrupt_after(patch, fitting.Fit, function, calls)
         with pytest.raises(Stopped) as caught:
             fit_flow.run(unbroken_config(tiny, tmp_path))
     assert caught.value.exit_code == 130
@@ -109,7 +109,7 @@ def test_a_kill_between_the_files_of_a_save_loses_no_consistency(
 ) -> None:
     """The third save stops after the best flow, or after the last flow, and before the state."""
     with monkeypatch.context() as patch:
-        interrupt_after(patch, fit_flow, "write_flow", 4 + files_written, SystemExit)
+        interrupt_after(patch, fitting, "write_flow", 4 + files_written, SystemExit)
         with pytest.raises(SystemExit):
             fit_flow.run(unbroken_config(tiny, tmp_path))
     fit_flow.run(unbroken_config(tiny, tmp_path))
@@ -121,7 +121,7 @@ def test_the_flow_with_the_lowest_heldout_loss_is_kept(
 ) -> None:
     out = tmp_path / "flow.safetensors"
     losses = iter([9.0, 4.0, 6.0, 5.0])  # at steps 0, 3, 6 and 9
-    monkeypatch.setattr(fit_flow._Fit, "_heldout_loss", lambda self: next(losses))
+    monkeypatch.setattr(fitting.Fit, "_heldout_loss", lambda self: next(losses))
     summary = fit_flow.run(fit_config(tiny.latents, out, optimiser={"steps": 9}, eval_every=3))
     assert (read_flow_header(out).steps, read_flow_header(out).heldout_loss) == (3, 4.0)
     last = read_flow_header(tmp_path / "flow.fit" / "last.safetensors")
@@ -135,7 +135,7 @@ def test_held_out_sequences_are_never_trained_on(
     read: list[int] = []
     trained: set[int] = set()
     measured: set[int] = set()
-    real_read, real_accumulate = LatentSequences.read, fit_flow.accumulate_matching_gradients
+    real_read, real_accumulate = LatentSequences.read, fitting.accumulate_over_ranks
 
     def spy_read(self: LatentSequences, index: int) -> torch.Tensor:
         read.append(index)
@@ -147,7 +147,7 @@ def test_held_out_sequences_are_never_trained_on(
         return real_accumulate(*args, backward=backward, **kwargs)
 
     statistics: set[int] = set()
-    real_statistics = fit_flow._Fit._statistics
+    real_statistics = fitting.Fit._statistics
 
     def spy_statistics(self: Any) -> Any:
         result = real_statistics(self)
@@ -156,8 +156,8 @@ def test_held_out_sequences_are_never_trained_on(
         return result
 
     monkeypatch.setattr(LatentSequences, "read", spy_read)
-    monkeypatch.setattr(fit_flow, "accumulate_matching_gradients", spy_accumulate)
-    monkeypatch.setattr(fit_flow._Fit, "_statistics", spy_statistics)
+    monkeypatch.setattr(fitting, "accumulate_over_ranks", spy_accumulate)
+    monkeypatch.setattr(fitting.Fit, "_statistics", spy_statistics)
     config = fit_config(tiny.latents, tmp_path / "flow.safetensors")
     fit_flow.run(config)
     training, heldout = LatentSequences(config.latents, 8192).split(0.25, 256, 0)
@@ -433,7 +433,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_a_third_stops(
     tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad: set[int] = {2}
-    real = fit_flow._Fit._pair
+    real = fitting.Fit._pair
 
     def poisoned(self: Any, sequences: Any) -> Any:
         pairs = real(self, sequences)
@@ -441,7 +441,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_and_a_third_stops(
             pairs.latents_NJD.fill_(torch.nan)
         return pairs
 
-    monkeypatch.setattr(fit_flow._Fit, "_pair", poisoned)
+    monkeypatch.setattr(fitting.Fit, "_pair", poisoned)
     out = tmp_path / "one" / "flow.safetensors"
     fit_flow.run(fit_config(tiny.latents, out, optimiser={"steps": 4}))
     losses = {line["step"]: line["loss"] for line in metrics_of(out) if "loss" in line}

@@ -18,7 +18,7 @@ from rlfr_cli.config.flow import NetworkConfig, Normalisation
 from rlfr_cli.errors import ConfigError, InputError, MismatchError, OutputInUseError, Stopped, WorkError
 from rlfr_cli.flow.choices import Context
 from rlfr_cli.flow.noise import keyed_generator
-from rlfr_cli.stages import extract_latents, extraction, fit_flow, live_latents
+from rlfr_cli.stages import extract_latents, extraction, fit_flow, fitting, live_latents
 from rlfr_cli.stages.latent_sequences import LatentSequences
 from rlfr_cli.stages.live_latents import open_live_latents
 from stages.tiny_stages import TinyArtifacts, bytes_of, extract_config, fit_config, interrupt_after
@@ -217,7 +217,7 @@ def test_a_stopped_fit_continues_to_the_bytes_of_an_unbroken_one(
     fit_flow.run(config("unbroken"))
     for function, calls in (("_statistics", 1), ("_train_step", 6)):
         with monkeypatch.context() as patch:
-            interrupt_after(patch, fit_flow._Fit, function, calls)
+            interrupt_after(patch, fitting.Fit, function, calls)
             with pytest.raises(Stopped):
                 fit_flow.run(config("stopped"))
     fit_flow.run(config("stopped"))

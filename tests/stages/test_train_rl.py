@@ -36,6 +36,7 @@ from rlfr_cli.flow.choices import Context
 from rlfr_cli.flow.noise import keyed_seed
 from rlfr_cli.rl import updating
 from rlfr_cli.stages import score, train_rl
+from rlfr_cli.stages.drawing import Drawing, Drawn
 from rlfr_cli.stages.trainer import Trainer
 from stages.tiny_stages import (
     TinyArtifacts,
@@ -475,7 +476,7 @@ def test_a_bfloat16_policy_resumes_bit_for_bit_and_stays_bfloat16(
 def test_ctrl_c_twice_stops_at_once_and_says_what_is_kept(
     tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt_after(monkeypatch, Trainer, "_draw", 2)
+    interrupt_after(monkeypatch, Drawing, "batch", 2)
     with pytest.raises(Stopped, match="keeps its last checkpoint, of step 1") as caught:
         train_rl.run(train_config(tiny.policy, tiny.problems, tmp_path, run=RunConfig(tensorboard=False, save_every=1)))
     assert "--resume" in str(caught.value.hint)
@@ -484,15 +485,15 @@ def test_ctrl_c_twice_stops_at_once_and_says_what_is_kept(
 def test_a_stop_asked_for_in_a_step_comes_after_its_checkpoint(
     tiny: TinyArtifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Trainer._draw
+    real = Drawing.batch
 
-    def draw(self: Trainer, step: int) -> list[RolloutRow]:
+    def draw(self: Drawing, step: int) -> Drawn:
         if step == 1:
             signal.raise_signal(signal.SIGINT)
         return real(self, step)
 
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    monkeypatch.setattr(Trainer, "_draw", draw)
+    monkeypatch.setattr(Drawing, "batch", draw)
     with pytest.raises(Stopped, match="stopped after step 1 of 3") as caught:
         train_rl.run(train_config(tiny.policy, tiny.problems, tmp_path))
     assert caught.value.exit_code == 130

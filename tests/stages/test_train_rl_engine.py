@@ -11,63 +11,13 @@ import torch
 
 from rlfr_cli.config.rl import CorrectionConfig, OptimiserConfig, RolloutConfig
 from rlfr_cli.config.train_rl import RunConfig, RunEvalConfig
-from rlfr_cli.engines.hf import HfEngine
-from rlfr_cli.engines.opening import EngineChoice
 from rlfr_cli.errors import Stopped, WorkError
-from rlfr_cli.policy.loading import Policy, load_policy, resolve_placement
+from rlfr_cli.policy.loading import load_policy, resolve_placement
 from rlfr_cli.stages import train_rl
 from rlfr_cli.stages.generating import EngineOfRun
 from rlfr_cli.stages.trainer import Trainer
+from stages.copying_engine import CopyingEngine
 from stages.tiny_stages import TinyArtifacts, bytes_of, interrupt_after, rows_of_metrics, train_config
-
-
-class CopyingEngine:
-    """Draws with a model of its own, which has the trainer's weights when it was sent them."""
-
-    name = "copy"
-
-    def __init__(self, policy: Policy, *, deaf: bool = False) -> None:
-        self._engine, self.policy, self.deaf = HfEngine(policy), policy, deaf
-        self.calls: list[str] = []
-
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.calls.append("load")
-        mine = dict(self.policy.model.named_parameters())
-        with torch.no_grad():
-            for name, tensor in weights:
-                if not self.deaf:
-                    mine[name].copy_(tensor)
-
-    def generate(self, *given: Any, **options: Any) -> Any:
-        self.calls.append("generate")
-        return self._engine.generate(*given, **options)
-
-    def logprobs_of(self, sequences: Any) -> Any:
-        self.calls.append("check")
-        return self._engine.logprobs_of(sequences)
-
-    def sleep(self) -> None:
-        self.calls.append("sleep")
-
-    def wake(self) -> None:
-        self.calls.append("wake")
-
-    def close(self) -> None:
-        self.calls.append("close")
-
-
-@pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> list[CopyingEngine]:
-    """Engines that runs open from now on."""
-    opened: list[CopyingEngine] = []
-
-    def open_copy(choice: EngineChoice, policy: Policy | None = None, meeting: object = None) -> CopyingEngine:
-        placement = choice.model.placement
-        opened.append(CopyingEngine(load_policy(choice.model.folder, placement, weights_dtype=torch.float32)))
-        return opened[-1]
-
-    monkeypatch.setattr(EngineChoice, "open", open_copy)
-    return opened
 
 
 def run_config(tiny: TinyArtifacts, out: Path, **options: Any) -> Any:

@@ -1,12 +1,13 @@
 """A checkpoint of a run: ``model/``, ``flow.safetensors``, ``trainer/`` and ``manifest.json``.
 
 The manifest is written last and names every file with its size and SHA-256; ``model/`` is a plain Hugging
-Face model folder.
+Face model folder. A run that trains adapters writes ``adapter/`` too, in PEFT's format; its ``model/`` may come later,
+by `rlfr merge`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,31 @@ COPY_HINT = "resume from another checkpoint, or copy the folder again"
 
 def write_manifest(folder: Path, *, step: int, extra: Mapping[str, Any]) -> None:
     """Flush every file of a checkpoint to the disk, then describe them in ``manifest.json``."""
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        use_folder_permissions(path)
-        flush_to_disk(path)
-        name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
     manifest = {
         "kind": "checkpoint",
         "format_version": CHECKPOINT_FORMAT_VERSION,
         "step": step,
-        "files": files,
+        "files": _flushed(folder, folder.rglob("*")),
         "extra": dict(extra),
     }
     write_atomically(folder / "manifest.json", canonical_json(manifest, indent=2))
+
+
+def add_to_manifest(folder: Path, part: str) -> None:
+    """Flush the files of a folder that a whole checkpoint has got, and name them in its manifest too."""
+    manifest = read_json(folder / "manifest.json")
+    manifest["files"] |= _flushed(folder, (folder / part).rglob("*"))
+    write_atomically(folder / "manifest.json", canonical_json(manifest, indent=2))
+
+
+def _flushed(folder: Path, paths: Iterable[Path]) -> dict[str, Any]:
+    files = {}
+    for path in sorted(path for path in paths if path.is_file()):
+        use_folder_permissions(path)
+        flush_to_disk(path)
+        name = path.relative_to(folder).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    return files
 
 
 def read_manifest(folder: Path, *, verify: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -176,16 +176,28 @@ def weights_sha256(files: list[Path]) -> str:
     for file in files:
         header, start = _read_safetensors_header(file)
         places.update({name: (file, entry, start) for name, entry in header.items()})
+    return tensors_sha256(
+        (name, entry["dtype"], entry["shape"], _blocks(file, start, entry))
+        for name, (file, entry, start) in sorted(places.items(), key=lambda place: place[0])
+    )
+
+
+def tensors_sha256(tensors: Iterable[tuple[str, str, Sequence[int], Iterable[bytes | memoryview]]]) -> str:
+    """The SHA-256 over tensors in sorted order of names: name, type as safetensors name it, shape, bytes in blocks."""
     digest = hashlib.sha256()
-    for name in sorted(places):
-        file, entry, start = places[name]
-        digest.update(canonical_json([name, entry["dtype"], entry["shape"]]))
-        begin, end = (start + offset for offset in entry["data_offsets"])
-        with open(file, "rb") as opened:
-            opened.seek(begin)
-            for position in range(begin, end, HASH_BLOCK_BYTES):
-                digest.update(opened.read(min(HASH_BLOCK_BYTES, end - position)))
+    for name, dtype, shape, blocks in tensors:
+        digest.update(canonical_json([name, dtype, list(shape)]))
+        for block in blocks:
+            digest.update(block)
     return digest.hexdigest()
+
+
+def _blocks(file: Path, start: int, entry: Mapping[str, Any]) -> Iterator[bytes]:
+    begin, end = (start + offset for offset in entry["data_offsets"])
+    with open(file, "rb") as opened:
+        opened.seek(begin)
+        for position in range(begin, end, HASH_BLOCK_BYTES):
+            yield opened.read(min(HASH_BLOCK_BYTES, end - position))
 
 
 def _read_safetensors_header(file: Path) -> tuple[dict[str, Any], int]:

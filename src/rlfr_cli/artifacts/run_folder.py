@@ -50,6 +50,7 @@ MAY_CHANGE = frozenset(
         "run.wandb",
         "optimiser.tokens_per_micro_batch",
         "optimiser.gradient_checkpointing",
+        "lora.checkpoint",
     }
 )
 

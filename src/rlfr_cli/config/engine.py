@@ -87,6 +87,26 @@ class EngineConfig(ConfigGroup):
         return given
 
 
+@dataclass(frozen=True, kw_only=True)
+class SeparationConfig(ConfigGroup):
+    """A vLLM apart from the trainer: on GPUs of its own, at work while the trainer is."""
+
+    engine_device: tuple[int, ...] = option(
+        (),
+        help="With --engine vllm: a GPU of each machine that vLLM has to itself, by number; the training processes of "
+        "a machine share them out in order. Left out, vLLM shares the trainer's GPU and sleeps while that works. May "
+        "be repeated.",
+        metavar="GPU",
+        minimum=0,
+        path=True,
+    )
+    overlap: bool = option(
+        False,
+        help="With --engine vllm: draw the next batch while training on this one. Its responses are then of the "
+        "policy one step earlier, which --engine-correction accounts for. On GPUs it needs --engine-device.",
+    )
+
+
 def parse_engine_args(entries: tuple[str, ...]) -> dict[str, Any]:
     """``KEY=VALUE`` entries as keyword arguments; dashes in keys are underscores.
 

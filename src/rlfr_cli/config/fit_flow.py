@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
-from rlfr_cli.config.common import CommonConfig, refuse_float16
+from rlfr_cli.config.common import MACHINE_PANEL, CommonConfig, refuse_float16
 from rlfr_cli.config.extract_latents import ReadResponsesConfig, StoreDtype
 from rlfr_cli.config.fields import ConfigGroup, group, leaf_options, option
 from rlfr_cli.config.flow import NetworkConfig
+from rlfr_cli.config.training_engine import TogetherConfig
 from rlfr_cli.errors import ConfigError
 
 # Of these the choice of latents does not depend: a recipe's [common] may hold them for other commands.
@@ -58,6 +59,7 @@ class FitFlowConfig(ReadResponsesConfig):
     out: Path = option(Path("flow.safetensors"), help="File of the flow.", short="-o", path=True)
     network: NetworkConfig = group(NetworkConfig, panel="Flow")
     optimiser: FitOptimiserConfig = group(FitOptimiserConfig, panel="Optimiser")
+    training: TogetherConfig = group(TogetherConfig, panel=MACHINE_PANEL)
     init_from: Path | None = option(
         None,
         help="Continue this flow, or import a published flow_model.bin (which does not name its context, shift and "

@@ -13,10 +13,11 @@ from rlfr_cli.config.common import (
     SamplingConfig,
     refuse_float16,
 )
-from rlfr_cli.config.engine import EngineConfig
+from rlfr_cli.config.engine import EngineConfig, EngineName, SeparationConfig
 from rlfr_cli.config.extract_latents import DEFAULT_LAYER_FRACTIONS
 from rlfr_cli.config.fields import ConfigGroup, group, option
 from rlfr_cli.config.flow import FlowRewardConfig, NetworkConfig, Normalisation, ScoreSource
+from rlfr_cli.config.lora import LoraConfig
 from rlfr_cli.config.rl import CorrectionConfig, OnlineConfig, OptimiserConfig, PolicyLossConfig, RolloutConfig
 from rlfr_cli.config.schedules import Schedule
 from rlfr_cli.config.training_engine import TrainingEngineConfig
@@ -85,8 +86,10 @@ class TrainRlConfig(CommonConfig):
     sampling: SamplingConfig = group(SamplingConfig)
     generation: EngineConfig = group(EngineConfig, panel="Generation engine")
     correction: CorrectionConfig = group(CorrectionConfig, panel="Generation engine")
+    separation: SeparationConfig = group(SeparationConfig, panel="Generation engine")
     grading: GradingConfig = group(GradingConfig)
     optimiser: OptimiserConfig = group(OptimiserConfig, panel="Optimiser")
+    lora: LoraConfig = group(LoraConfig, panel="LoRA")
     training: TrainingEngineConfig = group(TrainingEngineConfig, panel="Training engine")
     policy_loss: PolicyLossConfig = group(PolicyLossConfig, panel="Policy loss")
     flow_reward: FlowRewardConfig = group(FlowRewardConfig, panel="Flow reward")
@@ -138,6 +141,15 @@ class TrainRlConfig(CommonConfig):
                 f"--eval-temperature 0 gives the same response every time, got --eval-samples {samples}",
                 hint="use --eval-samples 1, or a temperature above 0",
             )
+        apart = self.separation
+        if self.generation.engine is EngineName.HF and (apart.overlap or apart.engine_device):
+            flag = "--overlap" if apart.overlap else "--engine-device"
+            raise ConfigError(
+                f"{flag} is for an engine apart from the trainer, and with --engine hf the trainer's own model draws",
+                hint="add --engine vllm, or leave it out",
+            )
+        if len(set(apart.engine_device)) < len(apart.engine_device):
+            raise ConfigError(f"--engine-device names a GPU twice: {', '.join(map(str, apart.engine_device))}")
         rollout = self.rollout
         if rollout.dynamic_sampling and self.has_token_rewards and rollout.uniform_groups is None:
             raise ConfigError(

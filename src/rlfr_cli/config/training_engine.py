@@ -1,4 +1,4 @@
-"""Options of the training engine: how weights, gradients and optimiser state are spread over processes."""
+"""Options of processes that train together, and of the engine that spreads weights and their states over them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,20 @@ TRAINING_ENGINE_PANEL = "Training engine"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingEngineConfig(ConfigGroup):
+class TogetherConfig(ConfigGroup):
+    """How processes that a launcher has started wait for each other."""
+
+    collective_timeout: float = option(
+        120.0,
+        help="Minutes that a training process waits for one that is alive and does not come; a dead one ends the run "
+        "at once.",
+        exclusive_minimum=0,
+        path=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingEngineConfig(TogetherConfig):
     """One process in plain PyTorch, or DeepSpeed; checkpoints are the same, so a resumed run may change all of it."""
 
     zero_stage: int | None = option(
@@ -33,13 +46,6 @@ class TrainingEngineConfig(ConfigGroup):
         None,
         help="A JSON file of further DeepSpeed settings; one that contradicts another option is refused.",
         metavar="FILE",
-        path=True,
-    )
-    collective_timeout: float = option(
-        120.0,
-        help="Minutes that a training process waits for one that is alive and does not come; a dead one ends the run "
-        "at once.",
-        exclusive_minimum=0,
         path=True,
     )
 

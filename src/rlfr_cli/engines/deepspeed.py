@@ -2,7 +2,8 @@
 
 Weights compute in bfloat16 or float32; the weights that AdamW steps are float32 either way. DeepSpeed's own checkpoint
 files are not used: rank 0 writes the files of the single-process engine, parameter by parameter, so a run may go on
-with another number of processes, another stage or another engine. Written for DeepSpeed 0.19.8.
+with another number of processes, another stage or another engine. Of a policy with adapters these alone are stepped;
+its own weights are shared out in stage 3 and have no float32 copy. Written for DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rlfr_cli.engines.zero_checkpoints import WholeModel, load_moments, load_wei
 from rlfr_cli.engines.zero_hooks import StageThreeHooks
 from rlfr_cli.engines.zero_state import get_weight, set_weight
 from rlfr_cli.errors import MissingPackageError
+from rlfr_cli.policy.adapters import plain_weights
 from rlfr_cli.policy.loading import Policy
 from rlfr_cli.policy.saving import save_model_folder
 
@@ -82,13 +84,13 @@ class DeepSpeedEngine:
         self.policy, self.ranks, self.stored_dtype = policy, ranks, stored_dtype
         self.stage: int = settings["zero_optimization"]["stage"]
         model = policy.model
-        self._parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        assert all(parameter.requires_grad for parameter in self._parameters.values()), "a policy is trained whole"
+        self._trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         originals = self._originals(settings["bf16"]["enabled"])
         # One parameter group, so one learning rate; fused needs no memory beside its own state.
-        self._adamw = torch.optim.AdamW(model.parameters(), lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
+        trained = self._trained.values()
+        self._adamw = torch.optim.AdamW(trained, lr=0.0, betas=betas, weight_decay=weight_decay, fused=True)
         with redirect_stdout(io.StringIO()):  # reports of memory that cannot be turned off
             root = Root(model)
             self._engine, self._zero, *_ = deepspeed.initialize(model=root, optimizer=self._adamw, config=settings)
@@ -96,13 +98,13 @@ class DeepSpeedEngine:
         self._hooks = StageThreeHooks(self._zero, model) if self.stage == 3 else None
         self._has_gradients = False
         for name, original in originals.items():
-            set_weight(self._parameters[name], original)
+            set_weight(self._trained[name], original)
 
     def _originals(self, bfloat16: bool) -> dict[str, torch.Tensor]:
         """Copies of weights that DeepSpeed is about to round, where bfloat16 does not hold them."""
-        if not bfloat16 or self.stored_dtype == torch.bfloat16:
+        if not bfloat16 or (self.stored_dtype == torch.bfloat16 and self.policy.adapters is None):
             return {}
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._parameters.items()}
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self._trained.items()}
 
     # A step
 
@@ -157,40 +159,42 @@ class DeepSpeedEngine:
             from deepspeed.runtime.zero import GatheredParameters
 
             self._hooks.let_go_of_head()
-            with GatheredParameters(list(self._parameters.values())), self._hooks.removed():
+            with GatheredParameters(list(self.policy.model.parameters())), self._hooks.removed():
                 yield
         # Ranks may have worked unequally long; DeepSpeed's own collectives wait for ten minutes at most.
         self.ranks.barrier()
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter's name and whole float32 weights, gathered one after the other; a tied one comes once."""
-        for name, parameter in self._parameters.items():
-            yield name, get_weight(parameter)
+        """Names and whole float32 weights as a plain checkpoint has them, gathered one after the other."""
+        return plain_weights(self.policy, get_weight)
 
     # Checkpoints
 
     def save(self, model_folder: Path, trainer_folder: Path) -> None:
-        """Write the model as a Hugging Face folder, and the trainer's state, by rank 0.
+        """Write the model as a Hugging Face folder, unless it has adapters, and the trainer's state, by rank 0.
 
         Rank 0 holds the model once more in main memory, in the stored dtype; the rest goes through it parameter by
         parameter.
         """
         if self.ranks.is_first:
             trainer_folder.mkdir(parents=True, exist_ok=True)
-        weights = save_weights(self._parameters, trainer_folder, self.stored_dtype, writes=self.ranks.is_first)
-        save_moments(self._parameters, trainer_folder, self._zero, self._adamw, writes=self.ranks.is_first)
+        # What is not in the model folder in float32 is written in float32 here.
+        adapted = self.policy.adapters is not None
+        stored_dtype = None if adapted else self.stored_dtype
+        weights = save_weights(self._trained, trainer_folder, stored_dtype, writes=self.ranks.is_first)
+        save_moments(self._trained, trainer_folder, self._zero, self._adamw, writes=self.ranks.is_first)
         if self.ranks.is_first:
-            save_model_folder(
-                replace(self.policy, model=WholeModel(self.policy.model, weights)), model_folder, self.stored_dtype
-            )
+            if not adapted:
+                whole = replace(self.policy, model=WholeModel(self.policy.model, weights))
+                save_model_folder(whole, model_folder, self.stored_dtype)
             described = {"engine": "deepspeed", "zero_stage": self.stage, "processes": self.ranks.world_size}
             (trainer_folder / ENGINE_FILE).write_text(json.dumps(described) + "\n", encoding="utf-8")
         self.ranks.barrier()
 
     def load(self, trainer_folder: Path) -> None:
-        """Take weights and optimiser state of a checkpoint whose ``model/`` the policy was loaded from."""
-        load_weights(self._parameters, trainer_folder, self._zero)
-        load_moments(self._parameters, trainer_folder, self._zero, self._adamw)
+        """Take weights and optimiser state of a checkpoint."""
+        load_weights(self._trained, trainer_folder, self._zero)
+        load_moments(self._trained, trainer_folder, self._zero, self._adamw)
 
 
 def import_deepspeed(ranks: Ranks) -> Any:

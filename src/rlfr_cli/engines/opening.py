@@ -66,6 +66,10 @@ class EngineChoice:
     setup: VllmSetup | None = None
     weight_transfer: WeightTransfer = WeightTransfer.FILE
 
+    def meeting(self) -> NcclMeeting | None:
+        """Where a trainer and this engine, on GPUs of one machine, can meet for NCCL; None where they need not."""
+        return NcclMeeting.here() if self.weight_transfer is WeightTransfer.NCCL else None
+
     def open(self, policy: Policy | None = None, meeting: NcclMeeting | None = None) -> GenerationEngine:
         """Load the model and start the engine.
 
@@ -98,6 +102,7 @@ def choose_engine(
     *,
     sleeps: bool = False,
     weight_transfer: WeightTransfer = WeightTransfer.FILE,
+    devices: Sequence[int] = (),
 ) -> EngineChoice:
     """Choose and check an engine; vLLM is imported where it is chosen, and nothing is started.
 
@@ -105,6 +110,7 @@ def choose_engine(
         prompts: all that will be drawn from, as token ids; vLLM's memory is laid out for the longest.
         sleeps: vLLM gives GPU memory back between uses.
         weight_transfer: how a trainer's weights will reach vLLM; IPC reaches one GPU, so files stand in for several.
+        devices: GPUs that vLLM has to itself, by number; by default the model's own device.
 
     Raises:
         MissingPackageError: ``--engine vllm`` without vLLM.
@@ -133,6 +139,7 @@ def choose_engine(
         most_tokens=most_tokens,
         sleeps=sleeps,
         weight_transfer=weight_transfer,
+        devices=devices,
     )
     setup = check_arguments(arguments, model.placement)
     return EngineChoice(name, model, sampling.tokens_per_batch, setup, weight_transfer)

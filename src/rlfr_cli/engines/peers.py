@@ -99,7 +99,8 @@ class PeerWatch:
                     continue
         print(
             f"error: rank {dead} of {self.world_size} has ended before its work was done; rank {self.rank} ends too\n\n"
-            f"hint: what rank {dead} said last is above, or in its own log; `rlfr train-rl --resume` goes on",
+            f"hint: what rank {dead} said last is above, or in its own log; the same command goes on (train-rl with "
+            "--resume)",
             file=sys.stderr,
             flush=True,
         )

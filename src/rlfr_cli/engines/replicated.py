@@ -50,7 +50,7 @@ class ReplicatedEngine(SingleProcessEngine):
         return super().step(learning_rate)
 
     def save(self, model_folder: Path, trainer_folder: Path) -> None:
-        """Write the model as a Hugging Face folder, and the trainer's state, by rank 0."""
+        """Write the model as a Hugging Face folder, unless it has adapters, and the trainer's state, by rank 0."""
         if self.ranks.is_first:
             super().save(model_folder, trainer_folder)
         self.ranks.barrier()

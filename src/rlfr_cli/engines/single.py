@@ -2,7 +2,7 @@
 
 A checkpoint's ``model/`` is a Hugging Face folder in the dtype that the policy came in; where that is not float32,
 ``trainer/weights.safetensors`` holds the float32 weights, so that a resumed run loses nothing. ``trainer/optimiser.
-safetensors`` holds AdamW's moments by parameter name.
+safetensors`` holds AdamW's moments by parameter name. Of a policy with adapters ``trainer/`` holds these alone.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from rlfr_cli.engines.adamw import NamedAdamW
 from rlfr_cli.engines.training import ENGINE_FILE, OPTIMISER_FILE, WEIGHTS_FILE, StepOutcome, T
+from rlfr_cli.policy.adapters import plain_weights
 from rlfr_cli.policy.loading import Policy
 from rlfr_cli.policy.saving import save_model_folder
 
@@ -26,7 +27,7 @@ class SingleProcessEngine:
     """Trains the policy's own transformers model.
 
     Args:
-        policy: loaded with float32 weights.
+        policy: loaded with float32 weights; one with adapters, which are float32, in the compute dtype.
         stored_dtype: dtype of the checkpoints' ``model/``.
         betas, weight_decay, clip_norm: of AdamW.
         gradient_checkpointing: compute activations again in the backward pass.
@@ -76,27 +77,28 @@ class SingleProcessEngine:
         return nullcontext()
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter's name and float32 weights; a tied one comes once."""
-        for name, parameter in self.policy.model.named_parameters():
-            yield name, parameter.detach()
+        """Names and float32 weights as a plain checkpoint has them; a tied one comes once."""
+        return plain_weights(self.policy, lambda parameter: parameter.detach())
 
     def save(self, model_folder: Path, trainer_folder: Path) -> None:
-        """Write the model as a Hugging Face folder, and the trainer's state."""
-        save_model_folder(self.policy, model_folder, self.stored_dtype)
+        """Write the model as a Hugging Face folder, unless it has adapters, and the trainer's state."""
+        adapted = self.policy.adapters is not None
+        if not adapted:
+            save_model_folder(self.policy, model_folder, self.stored_dtype)
         trainer_folder.mkdir(parents=True, exist_ok=True)
         moments = {name: tensor.contiguous() for name, tensor in self.optimiser.state_tensors().items()}
         save_file(moments, trainer_folder / OPTIMISER_FILE)
-        if self.stored_dtype != torch.float32:
-            weights = {name: weight.contiguous() for name, weight in self.named_weights()}
+        if adapted or self.stored_dtype != torch.float32:
+            weights = {name: weight.detach().contiguous() for name, weight in self.optimiser.parameters.items()}
             save_file(weights, trainer_folder / WEIGHTS_FILE)
         (trainer_folder / ENGINE_FILE).write_text(json.dumps({"engine": self.name}) + "\n", encoding="utf-8")
 
     def load(self, trainer_folder: Path) -> None:
-        """Take weights and optimiser state of a checkpoint whose ``model/`` the policy was loaded from."""
+        """Take weights and optimiser state of a checkpoint."""
         weights = trainer_folder / WEIGHTS_FILE
         if weights.is_file():
             by_name = load_file(weights)
             with torch.no_grad():
-                for name, parameter in self.policy.model.named_parameters():
+                for name, parameter in self.optimiser.parameters.items():
                     parameter.copy_(by_name[name])
         self.optimiser.load_state_tensors(load_file(trainer_folder / OPTIMISER_FILE))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+from rlfr_cli.policy.saving import DTYPE_NAMES
 
 
 class TensorStream:

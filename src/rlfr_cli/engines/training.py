@@ -72,13 +72,22 @@ class TrainingEngine(Protocol):
         ...
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter's name and whole float32 weights, one after the other; a tied one comes once."""
+        """Names and whole float32 weights as a plain checkpoint has them, one after the other; a tied one comes once.
+
+        Adapters are merged into the weights that they adapt.
+        """
         ...
 
     def save(self, model_folder: Path, trainer_folder: Path) -> None:
-        """Write the model as a Hugging Face folder, and the trainer's state; rank 0 writes, the others wait for it."""
+        """Write the model as a Hugging Face folder, and the trainer's state; rank 0 writes, the others wait for it.
+
+        Of a policy with adapters only the trainer's state is written: the adapters in it are all that was trained.
+        """
         ...
 
     def load(self, trainer_folder: Path) -> None:
-        """Take weights and optimiser state of a checkpoint, whichever engine and however many processes wrote it."""
+        """Take weights and optimiser state of a checkpoint, whichever engine and however many processes wrote it.
+
+        The policy was loaded from the checkpoint's ``model/``; one with adapters from its base model.
+        """
         ...

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -73,6 +73,7 @@ def vllm_arguments(
     most_tokens: int | None = None,
     sleeps: bool = False,
     weight_transfer: WeightTransfer = WeightTransfer.FILE,
+    devices: Sequence[int] = (),
 ) -> dict[str, Any]:
     """Keyword arguments of ``vllm.AsyncEngineArgs``: rlfr's own, then those of ``--engine-arg``.
 
@@ -80,6 +81,7 @@ def vllm_arguments(
         most_tokens: of one prompt with its response, within the model's context; None for the whole context.
         sleeps: give GPU memory back between uses.
         weight_transfer: how a trainer's weights will come.
+        devices: GPUs that it has to itself; by default the placement's.
 
     Raises:
         ConfigError: ``--engine-arg`` names what rlfr sets, or a device does not fit the parallel sizes.
@@ -102,7 +104,7 @@ def vllm_arguments(
         "max_model_len": most_tokens,
         "max_num_seqs": config.max_num_seqs,
         "gpu_memory_utilization": config.gpu_memory_share,
-        "device_ids": _device_ids(placement, config),
+        "device_ids": list(devices) or _device_ids(placement, config),
         "enable_sleep_mode": True if sleeps and not on_cpu else None,
         "weight_transfer_config": None if weight_transfer is WeightTransfer.FILE else {"backend": str(weight_transfer)},
         # A prompt read in pieces rewinds the generator of its seed, which a CPU's cannot: vLLM 0.32 dies of it there.

@@ -7,11 +7,12 @@ here from the trainer's side; they need GPUs and have been run nowhere yet.
 
 from __future__ import annotations
 
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from safetensors.torch import save_file
@@ -23,6 +24,7 @@ Call = Callable[..., Any]
 
 SHARED_MEMORY = Path("/dev/shm")
 BYTES_PER_FILE = 1 << 30
+LOCALHOST = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class NcclMeeting:
 
     address: str
     port: int
+
+    @classmethod
+    def here(cls) -> Self:
+        """A free port of this machine, for engines on it."""
+        with socket.socket() as probe:
+            probe.bind((LOCALHOST, 0))
+            return cls(LOCALHOST, probe.getsockname()[1])
 
 
 class WeightRoute(Protocol):
@@ -171,6 +180,7 @@ def _source(route: TransferRoute) -> Any:
             return [ParamMeta(name, route.dtype, tuple(tensor.shape)) for name, tensor in route._weights]
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return ((name, tensor.detach().to(route.dtype)) for name, tensor in route._weights)
+            # Offloaded weights come from main memory.
+            return ((name, tensor.detach().to("cuda", route.dtype)) for name, tensor in route._weights)
 
     return Source()

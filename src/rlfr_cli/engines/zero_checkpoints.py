@@ -33,11 +33,12 @@ Parameters = Mapping[str, nn.Parameter]
 
 
 def save_weights(
-    parameters: Parameters, folder: Path, stored_dtype: torch.dtype, *, writes: bool
+    parameters: Parameters, folder: Path, stored_dtype: torch.dtype | None, *, writes: bool
 ) -> dict[str, torch.Tensor]:
     """Write float32 weights unless they are what the model folder will hold; return them in the stored dtype.
 
-    What is returned lies in main memory, and is empty where this process does not write.
+    What is returned lies in main memory, and is empty where this process does not write, or where nothing is stored
+    in a model folder.
     """
     shapes = {name: shape_of(parameter) for name, parameter in parameters.items()}
     keeps_float32 = writes and stored_dtype != torch.float32
@@ -46,7 +47,7 @@ def save_weights(
     for name, parameter in parameters.items():
         weight = get_weight(parameter)
         stream.write(name, weight)
-        if writes:
+        if writes and stored_dtype is not None:
             stored[name] = weight.to("cpu", stored_dtype)
     stream.close()
     return stored

@@ -9,6 +9,7 @@ multiple of the number of ranks, so there each rank sets its own share. Written 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -20,11 +21,23 @@ FLAT_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partitio
 
 
 def get_weight(parameter: nn.Parameter) -> torch.Tensor:
-    """Whole float32 weights of a parameter."""
+    """Whole float32 weights of a parameter; of a frozen one those that the model computes with."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    if not parameter.requires_grad:
+        return _frozen_weight(parameter)
     weight: torch.Tensor = safe_get_full_fp32_param(parameter)
     return weight
+
+
+def _frozen_weight(parameter: Any) -> torch.Tensor:
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    here = not is_partitioned(parameter) or parameter.ds_status == ZeroParamStatus.AVAILABLE
+    with nullcontext() if here else GatheredParameters([parameter]):
+        # A copy, since a gathered one is freed.
+        return parameter.detach().to(torch.float32, copy=not here)  # type: ignore[no-any-return]
 
 
 def get_moment(parameter: nn.Parameter, key: str) -> torch.Tensor:

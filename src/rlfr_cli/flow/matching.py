@@ -6,7 +6,8 @@ over tokens. Targets and conditions are detached here, so no gradient ever reach
 
 The loss is a sum divided by a total weight that the caller may give: with the weight of the whole optimiser
 batch, gradients accumulated over chunks, micro-batches and ranks add up to those of the one mean over that
-batch.
+batch. A rank that names its share of the batch's tokens draws the noise and times that they would have met
+had one process held them all.
 
 Shapes: N tokens of one layer, M valid tokens, P pairings, J layers, D latent size, C condition size, R
 noise repeats.
@@ -26,6 +27,9 @@ from rlfr_cli.flow.pairing import PairedLatents
 from rlfr_cli.flow.velocity import VelocityNetwork
 
 DEFAULT_TOKENS_PER_CHUNK = 4096
+# Numbers drawn at once, 37 MiB. Whole passes of PyTorch's generators over memory (16 numbers on a CPU, four for each of
+# the 2048 threads of 108 or 132 multiprocessors on a GPU), so that draws one after the other are those of a single one.
+NOISE_AT_ONCE = 2**15 * 297
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,26 @@ class MatchingResult:
         return self.error_sum / self.weight_sum if self.weight_sum > 0 else self.error_sum
 
 
+@dataclass(frozen=True)
+class TokenShare:
+    """Where the tokens at hand stand among those of a batch that several processes share out.
+
+    Only tokens of positive weight count.
+
+    Attributes:
+        start: tokens of the processes before this one.
+        total: tokens of all processes.
+    """
+
+    start: int
+    total: int
+
+    @classmethod
+    def of(cls, counts: Sequence[int], place: int) -> TokenShare:
+        """The share of process ``place``, given how many tokens each has."""
+        return cls(sum(counts[:place]), sum(counts))
+
+
 def sample_times(num_times: int, generator: torch.Generator) -> Tensor:
     """Times [n] in (0, 1): sigmoid of standard normals, on the generator's device."""
     return torch.randn(num_times, generator=generator, device=generator.device).sigmoid()
@@ -51,6 +75,37 @@ def choose_times(timesteps: Sequence[float], num_times: int, generator: torch.Ge
     """Times [n] drawn evenly from ``timesteps``, the published choice of the online update."""
     picks = torch.randint(len(timesteps), (num_times,), generator=generator, device=generator.device)
     return torch.tensor(timesteps, device=generator.device)[picks]
+
+
+def draw_noise_and_times(
+    num_tokens: int,
+    latent_size: int,
+    generator: torch.Generator,
+    draw_times: Callable[[int, torch.Generator], Tensor] = sample_times,
+    share: TokenShare | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Noise [M, D] and times [M] of one layer, pairing and repeat, on the generator's device.
+
+    With a ``share`` both are drawn for its total and the tokens' rows are kept: a generator that began at a later row
+    would give other numbers.
+    """
+    share = share or TokenShare(0, num_tokens)
+    rows = slice(share.start, share.start + num_tokens)
+    assert rows.stop <= share.total, (share, num_tokens)
+    noise_MD = _draw_rows(rows, share.total, latent_size, generator)
+    return noise_MD, draw_times(share.total, generator)[rows]
+
+
+def _draw_rows(rows: slice, num_rows: int, size: int, generator: torch.Generator) -> Tensor:
+    """The given rows of normal noise [num_rows, size], which never lies in memory as a whole."""
+    start, stop, end = rows.start * size, rows.stop * size, num_rows * size
+    kept = torch.empty(stop - start, device=generator.device)
+    for begin in range(0, end, NOISE_AT_ONCE):
+        drawn = torch.randn(min(NOISE_AT_ONCE, end - begin), generator=generator, device=generator.device)
+        first, last = max(start, begin), min(stop, begin + drawn.numel())
+        if first < last:
+            kept[first - start : last - start] = drawn[first - begin : last - begin]
+    return kept.view(-1, size)
 
 
 def noised_latents(targets_ND: Tensor, noise_ND: Tensor, times_N: Tensor) -> Tensor:
@@ -106,6 +161,7 @@ def accumulate_matching_gradients(
     *,
     weights_M: Tensor | None = None,
     total_weight: float | None = None,
+    share: TokenShare | None = None,
     noise_repeats: int = 1,
     draw_times: Callable[[int, torch.Generator], Tensor] = sample_times,
     tokens_per_chunk: int = DEFAULT_TOKENS_PER_CHUNK,
@@ -115,12 +171,13 @@ def accumulate_matching_gradients(
     """Add the gradients of the fitting loss on a batch to the network's, in chunks, and return its sums.
 
     Args:
-        generator: of the latents' device. Noise and times are drawn for all of a layer's tokens at once, so
+        generator: of the latents' device. Noise and times are drawn for all of a layer's tokens beforehand, so
             the chunk size changes neither.
         weights_M: weights of the reference rules, by default 1 for each valid token. Tokens of weight 0 cost
             nothing; with no weight at all nothing is drawn and no gradient is added.
         total_weight: weight of the whole optimiser batch (all micro-batches and ranks), by default this
             batch's. The loss of the optimiser batch is its sum of ``error_sum`` over ``total_weight``.
+        share: where these tokens stand among those of all ranks; by default they are all there are.
         noise_repeats: draws of noise and time for each token, layer and pairing.
         draw_times: ``sample_times``, or ``functools.partial(choose_times, timesteps)``.
         backward: ``False`` measures only.
@@ -140,8 +197,7 @@ def accumulate_matching_gradients(
     num_tokens, repeats = weights_M.numel(), num_pairings * noise_repeats
     errors_MJ = all_errors_MJ[weighted_M]
     for column, pairing, _ in product(range(num_layers), range(num_pairings), range(noise_repeats)):
-        noise_MD = torch.randn(num_tokens, pairs.latent_size, generator=generator, device=device)
-        times_M = draw_times(num_tokens, generator)
+        noise_MD, times_M = draw_noise_and_times(num_tokens, pairs.latent_size, generator, draw_times, share)
         for rows in chunks(num_tokens, tokens_per_chunk):
             targets, conditions = pairs.targets(column, rows), pairs.conditions(column, pairing, rows)
             position = pairs.layers.positions[column]

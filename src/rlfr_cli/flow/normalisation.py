@@ -66,6 +66,12 @@ class StatisticsAccumulator:
         mean_JD = latents.mean(dim=0)
         self._merge(num_new, mean_JD, (latents - mean_JD).square().sum(dim=0))
 
+    def cpu(self) -> StatisticsAccumulator:
+        """The same in main memory, where ranks exchange what they have seen."""
+        copy = StatisticsAccumulator(*self.mean_JD.shape)
+        copy.count, copy.mean_JD, copy.squares_JD = self.count, self.mean_JD.cpu(), self.squares_JD.cpu()
+        return copy
+
     def merge(self, other: StatisticsAccumulator) -> None:
         """Add what another accumulator (another part or rank) has seen."""
         if other.count:

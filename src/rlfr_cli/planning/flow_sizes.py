@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlfr_cli.engines.flow_ranks import BUCKET_ELEMENTS
 from rlfr_cli.flow.matching import DEFAULT_TOKENS_PER_CHUNK
 
 
@@ -32,6 +33,10 @@ class FlowSizes:
     layers: int
     pairings: int
     num_frequencies: int = 256
+
+    def summing_bytes(self, gpus: int) -> int:
+        """Of the sum of gradients over GPUs: a bucket of them, and its sum."""
+        return 8 * min(self.parameters, BUCKET_ELEMENTS) if gpus > 1 else 0
 
     @property
     def of_condition(self) -> int:

@@ -92,14 +92,20 @@ def passing_bytes(model: ModelSizes, numbers: Numbers) -> float:
     return 3 * numbers.compute * model.intermediate_size + (3 * numbers.weight + numbers.compute) * model.hidden_size
 
 
-def logits_bytes(model: ModelSizes, numbers: Numbers, predicted: float, *, backward: bool) -> float:
-    """Logits of a chunk, and in the backward pass the output head's gradient summed over several chunks."""
+def logits_bytes(
+    model: ModelSizes, numbers: Numbers, predicted: float, *, backward: bool, frozen: bool = False
+) -> float:
+    """Logits of a chunk, and in the backward pass the output head's gradient summed over several chunks.
+
+    Args:
+        frozen: the head has no gradient.
+    """
     chunk = CHUNK_ELEMENTS // model.vocab_size
     logits, head = min(predicted, chunk) * model.vocab_size, model.embedding
     cast = numbers.compute * head if numbers.casts else 0
     if not backward:
         return 12 * logits + cast
-    if predicted <= chunk:
+    if predicted <= chunk or frozen:
         return 20 * logits + cast
     return cast + numbers.compute * head + max(20 * logits, numbers.compute * head + 4 * logits)
 
@@ -113,16 +119,23 @@ def reading(model: ModelSizes, numbers: Numbers, batch: MicroBatch, num_blocks: 
     return largest("read", add(blocks), add(hidden, logits))
 
 
-def updating(model: ModelSizes, numbers: Numbers, batch: MicroBatch, *, checkpointing: bool) -> Phase:
-    """Forward and backward pass of a micro-batch; weights, moments and gradients not counted."""
+def updating(
+    model: ModelSizes, numbers: Numbers, batch: MicroBatch, *, checkpointing: bool, frozen: bool = False
+) -> Phase:
+    """Forward and backward pass of a micro-batch; weights, moments and gradients not counted.
+
+    Args:
+        frozen: adapters are trained. They keep the same inputs as the weights would; their own activations are small.
+    """
     hidden, blocks = model.hidden_size, model.num_blocks
     casts = numbers.compute * model.block_matrices if numbers.casts else 0
     saved, inputs = saved_bytes(model, numbers), numbers.weight * hidden
-    logits = {"logits": logits_bytes(model, numbers, batch.predicted, backward=True)}
+    logits = {"logits": logits_bytes(model, numbers, batch.predicted, backward=True, frozen=frozen)}
     around = batch.tokens * (4 + numbers.weight) * hidden + batch.predicted * numbers.weight * hidden
     # A tied embedding keeps the head's gradient until its own comes, last of all.
-    late = {"gradients": numbers.weight * model.embedding if model.tied else 0}
-    last = add(late, {"gradients": numbers.weight * model.embedding})
+    of_head = 0 if frozen else numbers.weight * model.embedding
+    late = {"gradients": of_head if model.tied else 0}
+    last = add(late, {"gradients": of_head})
     if not checkpointing:
         kept = {"casts": blocks * casts, "activations": batch.tokens * blocks * saved + around}
         return largest("update", add(kept, logits), last)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 
+from rlfr_cli.config.lora import LoraCheckpoint
 from rlfr_cli.flow.matching import DEFAULT_TOKENS_PER_CHUNK
 from rlfr_cli.planning.flow_sizes import FlowSizes
 from rlfr_cli.planning.memory import MicroBatch, Numbers, Parts, Phase, add, largest, reading, updating
@@ -34,6 +35,7 @@ def state_of(setting: Setting) -> TrainingState:
         setting.numbers(config, trains=True),
         zero_stage(setting),
         setting.plan.gpus,
+        adapters=setting.adapter_weights(),
         offload_optimiser=config.training.offload_optimiser,
         offload_parameters=config.training.offload_parameters,
     )
@@ -84,7 +86,8 @@ def _phases(setting: Setting, flow: FlowSizes | None) -> tuple[Phase, ...]:
         reads.append({"flow": scoring, "latents": 2 * of_batch})
     after = add(resting, latents)
     gradients = {"gradients": state.gradients}
-    update = updating(model, numbers, batch, checkpointing=config.optimiser.gradient_checkpointing)
+    frozen = setting.adapter_weights() > 0
+    update = updating(model, numbers, batch, checkpointing=config.optimiser.gradient_checkpointing, frozen=frozen)
     phases = [
         Phase("generate", add(resting, whole, draws)),
         largest("measure", *(add(resting, measured, whole, read) for read in reads)),
@@ -100,9 +103,9 @@ def _flow_update(setting: Setting, flow: FlowSizes, kept: float, numbers: Number
     """Beside the kept latents of so many tokens: those of experts, all packed, and the passes of the fit."""
     online = setting.recipe.train.online
     odds = 0 if online.expert_latents is None else online.expert_share / (1 - online.expert_share)
-    # Passes of a chunk and all tokens' noise; afterwards sums over GPUs, or the step of all weights at once.
+    # Passes of a chunk and all tokens' noise; afterwards sums over GPUs, and the step of all weights at once.
     passes = flow.fitting_bytes((1 + odds) * kept, DEFAULT_TOKENS_PER_CHUNK, casts=numbers.compute < 4)
-    afterwards = (8 if setting.plan.gpus > 1 else 4) * flow.parameters
+    afterwards = max(4 * flow.parameters, flow.summing_bytes(setting.plan.gpus))
     return {
         "latents": (1 + 2 * odds) * flow.latents_bytes(kept, numbers.weight),
         "flow": 4 * flow.parameters + max(passes, afterwards),
@@ -129,9 +132,13 @@ def _disk(setting: Setting, flow: FlowSizes | None) -> dict[str, float]:
     config, model, prompt = setting.recipe.train, setting.model, setting.plan.prompt_tokens
     responses = num_steps(setting) * config.rollout.prompts_per_step * config.rollout.group_size
     tokens = setting.response_tokens(config.sampling.max_new_tokens)
-    weights = model.stored_bytes * model.parameters
-    float32 = 0 if model.stored_bytes == 4 else 4 * model.parameters
-    checkpoint = weights + float32 + 8 * model.parameters + (0 if flow is None else 12 * flow.parameters)
+    weights, adapters = model.stored_bytes * model.parameters, setting.adapter_weights()
+    if adapters:
+        merged = weights if config.lora.checkpoint is LoraCheckpoint.MERGED else 0
+        policy = merged + 16 * adapters  # twice in float32, with two moments
+    else:
+        policy = weights + (8 if model.stored_bytes == 4 else 12) * model.parameters
+    checkpoint = policy + (0 if flow is None else 12 * flow.parameters)
     # One more lies beside those that are kept while it is written.
     return {
         "rollouts": rollout_bytes(responses, prompt, tokens, RESPONSE_TOKEN + TRAINING_COLUMNS),
@@ -148,7 +155,14 @@ def _work(setting: Setting, flow: FlowSizes | None) -> Work:
     other = {
         "reading": policies * reading_flops(model, responses, prompt, tokens, model.num_blocks, head=True),
         "training": optimiser.epochs_per_batch
-        * training_flops(model, responses, prompt, tokens, checkpointing=optimiser.gradient_checkpointing),
+        * training_flops(
+            model,
+            responses,
+            prompt,
+            tokens,
+            checkpointing=optimiser.gradient_checkpointing,
+            frozen=setting.adapter_weights() > 0,
+        ),
     }
     if flow is not None:
         reward, online = config.flow_reward, config.online

@@ -13,6 +13,7 @@ from rlfr_cli.config.plan import PlanConfig
 from rlfr_cli.config.sample import SampleConfig
 from rlfr_cli.config.score import ScoreConfig
 from rlfr_cli.config.train_rl import TrainRlConfig
+from rlfr_cli.planning.adapter_sizes import adapter_parameters
 from rlfr_cli.planning.flow_sizes import FlowSizes
 from rlfr_cli.planning.memory import Numbers
 from rlfr_cli.planning.model_sizes import ModelSizes
@@ -55,6 +56,10 @@ class Setting:
     def response_tokens(self, most: int) -> int:
         """Expected tokens of a response that may have so many."""
         return min(self.plan.response_tokens or most, most)
+
+    def adapter_weights(self) -> int:
+        """Those that train-rl steps in place of the policy's; 0 where it trains the whole policy."""
+        return adapter_parameters(self.model, self.recipe.train.lora)
 
     # What the flow reads
 

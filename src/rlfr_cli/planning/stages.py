@@ -104,7 +104,7 @@ def plan_extraction(setting: Setting) -> StagePlan:
 
 
 def plan_fit(setting: Setting) -> StagePlan:
-    """`fit-flow`, which works on one GPU."""
+    """`fit-flow`, whose steps are shared out over the GPUs; each holds the whole flow."""
     config, model, flow = setting.recipe.fit, setting.model, setting.flow_sizes()
     options, numbers = config.optimiser, setting.numbers(config, trains=True)
     responses, tokens = setting.responses_read()
@@ -112,13 +112,14 @@ def plan_fit(setting: Setting) -> StagePlan:
     training = responses - min(config.max_holdout_sequences, round(config.holdout_fraction * responses))
     steps = options.steps if options.steps is not None else options.epochs * training / options.sequences_per_step
     longest = max(used, min(setting.recipe.sample.sampling.max_new_tokens + 1, options.max_sequence_tokens))
-    at_once = min(options.sequences_per_step, training) * longest
+    at_once = -(-min(options.sequences_per_step, training) // setting.plan.gpus) * longest
     resting = {"weights": 4 * flow.parameters, "optimiser": 8 * flow.parameters}
     # Sequences as they were read, and packed.
     latents = {"latents": 2 * flow.latents_bytes(at_once, 4 if str(config.store) == "int8" else 2)}
     fitting = flow.fitting_bytes(at_once, config.tokens_per_chunk, casts=numbers.casts)
     step = add(resting, latents, {"gradients": 4 * flow.parameters, "activations": fitting})
-    stepping = {"gradients": 4 * flow.parameters, "activations": 4 * flow.parameters if numbers.on_gpu else 0}
+    foreach = 4 * flow.parameters if numbers.on_gpu else 0  # a step of all weights at once
+    stepping = {"gradients": 4 * flow.parameters, "activations": max(foreach, flow.summing_bytes(setting.plan.gpus))}
     phases = [Phase("fit", step), Phase("optimiser step", add(resting, stepping))]
     seen = steps * options.sequences_per_step * used
     other = {"flow": seen * flow.fitting_flops(options.noise_repeats)}
@@ -131,7 +132,7 @@ def plan_fit(setting: Setting) -> StagePlan:
         read = steps * options.sequences_per_step
         other["reading"] = reading_flops(model, read, setting.plan.prompt_tokens, used, blocks, head=False)
     disk = {"flow": 4 * flow.parameters, "its fit": 16 * flow.parameters}
-    return StagePlan("fit-flow", tuple(phases), disk, Work(seen, 1, other=other))
+    return StagePlan("fit-flow", tuple(phases), disk, Work(seen, setting.plan.gpus, other=other))
 
 
 def plan_scoring(setting: Setting) -> StagePlan:

@@ -5,6 +5,8 @@ Stages 1 to 3 are DeepSpeed's, with the settings of ``engines/deepspeed_settings
 float32 weights and moments, 12 bytes a parameter, shared out over the GPUs; gradients summed in float32, shared out
 from stage 2 on; the weights too in stage 3, where DeepSpeed gathers up to 10^9 of them at a time, and the output head
 stays whole. Gradients pass through buckets of 5 x 10^8 elements. These are DeepSpeed's defaults; none was measured.
+With adapters the policy's own weights are in the compute dtype in every stage, and have no float32 copy, moments or
+gradients: adapters alone have them.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ def training_state(
     stage: int,
     gpus: int,
     *,
+    adapters: int = 0,
     offload_optimiser: bool = False,
     offload_parameters: bool = False,
 ) -> TrainingState:
@@ -51,22 +54,27 @@ def training_state(
 
     Args:
         numbers: of a policy that is trained in plain PyTorch.
+        adapters: their weights; 0 where the whole policy is trained.
         offload_optimiser: moments and float32 weights lie in main memory; from stage 2 on gradients too.
         offload_parameters: so does a GPU's share of the weights, in stage 3.
     """
-    parameters = model.parameters
+    parameters, compute, in_main_memory = model.parameters, numbers.compute, 0.0
+    trained = adapters or parameters
+    narrow = Numbers(compute, compute, numbers.on_gpu)
+    if stage == 0 and adapters:
+        resting = {"weights": compute * parameters + 4 * adapters, "optimiser": 8 * adapters}
+        return TrainingState(narrow, resting, 4 * adapters, 4 * adapters)
     if stage == 0:
         resting = {"weights": 4 * parameters, "optimiser": 8 * parameters}
         return TrainingState(numbers, resting, 4 * parameters, stepping_bytes(model, numbers))
-    compute, in_main_memory = numbers.compute, 0.0
-    state: float = 12 * parameters / gpus
+    state: float = 12 * trained / gpus
     # A bucket in the compute dtype, and in float32 what is sent of it.
-    buckets = min(BUCKET, parameters) * (compute + (4 if compute < 4 else 0))
-    gradients: float = 4 * parameters / (gpus if stage > 1 else 1)
+    buckets = min(BUCKET, trained) * (compute + (4 if compute < 4 else 0))
+    gradients: float = 4 * trained / (gpus if stage > 1 else 1)
     if offload_optimiser:
         state, in_main_memory = 0, state
         gradients = 0 if stage > 1 else gradients
-    weights: float = compute * parameters
+    weights: float = compute * (parameters + adapters)
     whole = 0.0
     if stage == 3:
         gathered = min(compute * (LIVE + model.embedding), weights)
@@ -74,5 +82,4 @@ def training_state(
         weights = gathered + (0 if offload_parameters else share)
         in_main_memory += share if offload_parameters else 0
     held: dict[str, float] = {"weights": weights, "optimiser": state}
-    trained = Numbers(compute, compute, numbers.on_gpu)
-    return TrainingState(trained, held, gradients + buckets, 0.0, whole, in_main_memory)
+    return TrainingState(narrow, held, gradients + buckets, 0.0, whole, in_main_memory)

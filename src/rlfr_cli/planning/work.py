@@ -58,9 +58,9 @@ def drawing_flops(model: ModelSizes, prompts: float, responses: float, prompt: f
 
 
 def training_flops(
-    model: ModelSizes, responses: float, prompt: float, response: float, *, checkpointing: bool
+    model: ModelSizes, responses: float, prompt: float, response: float, *, checkpointing: bool, frozen: bool = False
 ) -> float:
-    """Forward and backward pass."""
+    """Forward and backward pass; frozen weights have no gradient, only what passes through them has."""
     once = reading_flops(model, responses, prompt, response, model.num_blocks, head=True)
     again = reading_flops(model, responses, prompt, response, model.num_blocks, head=False) if checkpointing else 0
-    return 3 * once + again
+    return (2 if frozen else 3) * once + again

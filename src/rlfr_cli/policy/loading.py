@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,9 @@ from torch import nn
 
 from rlfr_cli.errors import ConfigError, InputError, MissingInputError
 from rlfr_cli.states import State, blocks_needed
+
+if TYPE_CHECKING:
+    from rlfr_cli.policy.adapters import Adapters
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,6 +79,7 @@ class Policy:
         folder: where it was loaded from.
         placement: device and compute dtype.
         end_token_ids: tokens that end a response.
+        adapters: what is trained in place of its own weights; None where these are.
     """
 
     model: Any
@@ -83,6 +87,7 @@ class Policy:
     folder: Path
     placement: Placement
     end_token_ids: frozenset[int]
+    adapters: Adapters | None = None
 
     @cached_property
     def config(self) -> Any:
@@ -119,13 +124,14 @@ def resolve_model_folder(model: str) -> Path:
             present = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
             raise InputError(
                 f"{model} is not a model folder: it has no config.json (it holds {present})",
-                hint="--model wants a Hugging Face model folder, such as a checkpoint's model/ folder",
+                hint=_merge_hint(folder)
+                or "--model wants a Hugging Face model folder, such as a checkpoint's model/ folder",
             )
         return folder
     if folder.exists():
         raise InputError(f"--model {model} is a file, not a model folder")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith("."):
-        raise MissingInputError(f"--model {model}: no such folder")
+        raise MissingInputError(f"--model {model}: no such folder", hint=_merge_hint(folder))
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -138,6 +144,14 @@ def resolve_model_folder(model: str) -> Path:
             f"--model {model}: no such folder, and the Hugging Face hub did not give it ({reason})",
             hint="give a local model folder",
         ) from error
+
+
+def _merge_hint(folder: Path) -> str | None:
+    """The next step for a checkpoint that holds adapters alone, and for a folder in it."""
+    for checkpoint in (folder, folder.parent):
+        if (checkpoint / "adapter").is_dir() and not (checkpoint / "model").is_dir():
+            return f"`rlfr merge {checkpoint}` makes model/ of the checkpoint's adapters and their base model"
+    return None
 
 
 def read_model_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -158,6 +172,12 @@ def read_model_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{folder} holds an encoder-decoder model ({config.model_type}); rlfr wants a decoder")
     return config
+
+
+def stored_dtype_of(config: Any) -> torch.dtype:
+    """The dtype of a model folder's weights, by its transformers config."""
+    dtype: torch.dtype = getattr(config, "dtype", None) or torch.float32
+    return dtype
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:

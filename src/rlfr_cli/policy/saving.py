@@ -10,6 +10,8 @@ import torch
 from rlfr_cli.artifacts.files import read_json
 from rlfr_cli.policy.loading import Policy, quiet_transformers
 
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors
+
 
 def save_model_folder(policy: Policy, folder: Path, dtype: torch.dtype) -> None:
     """Write weights in ``dtype``, config, generation config, tokenizer and chat template.

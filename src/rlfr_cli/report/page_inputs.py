@@ -142,7 +142,7 @@ def _model_folder(model: str | None, run: RunFolder | None) -> Path:
             "the page needs the tokenizer that made the responses, and there is no checkpoint that holds it",
             hint="name its model folder with --model",
         )
-    return checkpoint / "model"
+    return resolve_model_folder(str(checkpoint / "model"))
 
 
 def _read_tables(rollouts: RolloutsFolder) -> list[tuple[int | None, pa.Table]]:

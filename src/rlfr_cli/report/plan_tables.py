@@ -20,6 +20,7 @@ def model_facts(setting: Setting) -> dict[str, Any]:
     return {
         "model": f"{model.family}, {model.num_blocks} blocks of {model.hidden_size}, vocabulary {model.vocab_size}",
         "parameters": model.parameters,
+        **({"adapter_parameters": adapters} if (adapters := setting.adapter_weights()) else {}),
         "flow_parameters": flow.parameters,
     }
 
@@ -89,6 +90,8 @@ def assumptions(setting: Setting, stage: int) -> list[dict[str, str]]:
     ]
     if stage > 0:
         lines.append(f"ZeRO stage {stage}: by DeepSpeed's documented defaults, not measured")
+    if setting.adapter_weights():
+        lines.append("adapters: the policy's own weights in --dtype, without moments or gradients; not measured")
     if any(uses_vllm(config) for config in (recipe.sample, recipe.train, recipe.evaluate)):
         lines.append("vLLM: its weights and a cache for what is drawn at once; it takes more if there is more")
     return [{"assumption": line} for line in lines]

@@ -240,6 +240,16 @@ def _explain_checkpoint(shown: Shown, verify: bool, num_rows: int) -> None:
         "model": "model/" if any(name.startswith("model/") for name in files) else None,
         "holds": manifest["extra"],
     }
+    if "adapter/adapter_config.json" in files:
+        adapter = read_json(shown.path / "adapter" / "adapter_config.json")
+        shown.facts["adapter"] = {
+            "rank": adapter["r"],
+            "alpha": adapter["lora_alpha"],
+            "target": ", ".join(adapter["target_modules"]),
+            "base": adapter["base_model_name_or_path"],
+        }
+        if shown.facts["model"] is None:
+            shown.note = f"no model/: `rlfr merge {shown.path}` makes it of the adapters and their base model"
     if "flow.safetensors" in files:
         shown.facts["flow"] = read_flow_header(shown.path / "flow.safetensors").to_dict()
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from rlfr_cli.engines.flow_ranks import share_of
+from rlfr_cli.engines.ranks import ALONE, Ranks
 from rlfr_cli.flow.baselines import VelocityErrors
 from rlfr_cli.flow.deviation import NoiseSource, chunk_noise, keyed_noise, layer_errors
 from rlfr_cli.flow.flow import Flow
@@ -32,6 +34,7 @@ def evaluate_velocity(
     sequences: Sequence[int],
     seed: int,
     dtype: torch.dtype,
+    ranks: Ranks = ALONE,
 ) -> list[dict[str, Any]]:
     """Errors by layer and timestep.
 
@@ -39,6 +42,7 @@ def evaluate_velocity(
         gaussian: statistics of the fit's training tokens, in the latents' own units.
         data: with the flow's tapped states as columns.
         sequences: which sequences to judge on; at most ``MAX_SEQUENCES`` are taken.
+        ranks: processes that share the sequences out, with the same flow.
 
     Returns:
         Rows ``layer``, ``timestep``, ``flow``, ``gaussian``, ``zero`` (errors) and ``share_of_gaussian_removed``.
@@ -47,11 +51,13 @@ def evaluate_velocity(
     if flow.statistics is not None:
         units = LatentStatistics.identity(*gaussian.mean_JD.shape).to(flow.device)
     errors = VelocityErrors(units, len(flow.layers.indices), TIMESTEPS)
-    chosen = list(sequences[:MAX_SEQUENCES])
+    chosen = share_of(sequences[:MAX_SEQUENCES], ranks)
     for start in range(0, len(chosen), SEQUENCES_AT_ONCE):
         part = chosen[start : start + SEQUENCES_AT_ONCE]
         pairs = flow.pair([latents.to(flow.device) for latents in data.read_many(part)], data.info.num_prompt_tokens)
         add_velocity_errors(errors, flow, pairs, keyed_noise(seed, [f"judged {index}" for index in part], pairs), dtype)
+    for sums_JK in (errors.counts_JK, errors.flow_sum_JK, errors.zero_sum_JK, errors.gaussian_sum_JK):
+        sums_JK.copy_(ranks.sum(sums_JK))
     return velocity_rows(flow, errors)
 
 

@@ -79,13 +79,21 @@ class EngineOfRun:
             return
         self.engine.wake()
         try:
-            if self.stale:
-                self.engine.load_weights(self.training.named_weights())
-            if self.stale or not self._checked:
-                self._check()
+            self.take_weights()
             yield
         finally:
             self.engine.sleep()
+
+    def take_weights(self) -> None:
+        """Send the trainer's weights, if they have changed, and check that they are there; the engine is awake.
+
+        Raises:
+            WorkError: the engine did not take them.
+        """
+        if self.stale:
+            self.engine.load_weights(self.training.named_weights())
+        if self.stale or not self._checked:
+            self._check()
 
     def check_gap(self, kl_to_trainer: float) -> None:
         """Check the mean KL of a rollout batch in nats.

@@ -2,6 +2,7 @@
 
 Reads and completes the folder of a stage that works in parts. Needs no model and no inputs: what the manifest says
 beside the shards lies in ``stage.json`` since the first part began, and ``results.json`` is made from the rows.
+A checkpoint of adapters is completed by ``model/`` (``stages/adapter_checkpoints.py``).
 """
 
 from __future__ import annotations
@@ -9,23 +10,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rlfr_cli.artifacts.files import read_json
 from rlfr_cli.artifacts.folder import StageFolder
 from rlfr_cli.artifacts.reading import check_format_version, read_stage
-from rlfr_cli.errors import ArtifactError, during_work
+from rlfr_cli.errors import ArtifactError, ConfigError, during_work
 
 COMMANDS = {"rollouts": "sample", "latents": "extract-latents", "scores": "score", "eval": "eval"}
 NUM_NAMED = 8
 
 
-def merge(path: Path) -> dict[str, Any]:
+def merge(path: Path, *, model: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
     """Complete a folder, if all its units are there; returns what was found.
 
     ``parts_missing`` names parts only where the work was begun in parts.
+
+    Args:
+        model: the base model of a checkpoint of adapters, where it is no longer where they say.
+        trust_remote_code: of that model.
 
     Raises:
         MissingInputError: there is no such folder.
         ArtifactError: it holds no work that is done in parts, or work of another version of the format.
     """
+    if _is_checkpoint(path):
+        # Brings torch and transformers, which the other kinds do without.
+        from rlfr_cli.stages.adapter_checkpoints import merge_checkpoint
+
+        return merge_checkpoint(path, model, trust_remote_code=trust_remote_code)
+    if model is not None:
+        raise ConfigError(f"--model is for a checkpoint of adapters, and {path} is none", hint="leave it out")
     stage = read_stage(path)
     kind = stage["kind"]
     if kind not in COMMANDS:
@@ -54,6 +67,11 @@ def merge(path: Path) -> dict[str, Any]:
         "units_missing": missing,
         "parts_missing": [f"{part}/{num_parts}" for part in parts],
     }
+
+
+def _is_checkpoint(path: Path) -> bool:
+    manifest = path / "manifest.json"
+    return manifest.is_file() and bool(read_json(manifest).get("kind") == "checkpoint")
 
 
 def _finish(folder: StageFolder) -> None:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlfr_cli.artifacts.fingerprint import model_fingerprint
+from rlfr_cli.artifacts.fingerprint import ModelFingerprint
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.config.flow import FlowRewardConfig
 from rlfr_cli.config.train_rl import TrainRlConfig
 from rlfr_cli.engines.adamw import NamedAdamW
+from rlfr_cli.engines.flow_ranks import check_same_flow
 from rlfr_cli.engines.ranks import Ranks
 from rlfr_cli.flow.noise import keyed_generator
 from rlfr_cli.flow.reference import TokenFacts
@@ -27,7 +28,7 @@ from rlfr_cli.policy.forward import TokenSequence, forward_batches
 from rlfr_cli.policy.loading import Policy
 from rlfr_cli.rl.measuring import Measurement, sequences_of
 from rlfr_cli.rl.metrics import Metrics
-from rlfr_cli.rl.online import check_same_flow, update_flow
+from rlfr_cli.rl.online import update_flow
 from rlfr_cli.rl.reference_buffer import ReferenceBuffer
 from rlfr_cli.rl.schedule import learning_rate_at
 from rlfr_cli.stages.choosing_draws import RESPONSES_TO_CHOOSE_ON, with_chosen_draws
@@ -216,15 +217,14 @@ class OnlineFlow:
 
     # Checkpoints
 
-    def save(self, folder: Path, step: int, buffers: Sequence[ReferenceBuffer]) -> None:
-        """Write the flow into a checkpoint whose ``model/`` is written already, and its state into ``trainer/``.
+    def save(self, folder: Path, step: int, policy: ModelFingerprint, buffers: Sequence[ReferenceBuffer]) -> None:
+        """Write the flow into a checkpoint, and its state into ``trainer/``.
 
         Args:
+            policy: the checkpoint's.
             buffers: of every process, in rank order.
         """
-        header = with_policy_step(
-            self.header, model_fingerprint(folder / "model"), step, self.header.steps + self.steps
-        )
+        header = with_policy_step(self.header, policy, step, self.header.steps + self.steps)
         write_flow(folder / "flow.safetensors", header, self.flow)
         moments = {name: tensor.contiguous() for name, tensor in self.optimiser.state_tensors().items()}
         save_file(moments, folder / "trainer" / FLOW_OPTIMISER)

@@ -29,6 +29,7 @@ from rlfr_cli.config.common import ProblemsConfig
 from rlfr_cli.config.engine import EngineName, WeightTransfer
 from rlfr_cli.config.fields import to_table
 from rlfr_cli.config.flow import FlowRewardConfig
+from rlfr_cli.config.lora import LoraCheckpoint
 from rlfr_cli.config.rl import OnlineConfig
 from rlfr_cli.config.train_rl import CoefficientConfig, TrainRlConfig
 from rlfr_cli.engines.opening import EngineChoice, choose_engine
@@ -37,7 +38,8 @@ from rlfr_cli.errors import ConfigError, Stopped, during_work
 from rlfr_cli.flow.reference import ReferenceRules
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import RewardFunction, load_reward
-from rlfr_cli.policy.loading import resolve_placement
+from rlfr_cli.policy.adapters import Adapters, plan_adapters
+from rlfr_cli.policy.loading import resolve_placement, stored_dtype_of
 from rlfr_cli.policy.tapping import tapped_layers
 from rlfr_cli.report.run_logs import RunLogs
 from rlfr_cli.rl.choices import KLEstimator, KLPlace
@@ -67,6 +69,7 @@ class Plan:
         expert: latents of expert responses for the online update, if any.
         engine: what draws the responses; chosen, not open.
         total_steps: rollout batches of the whole run.
+        adapters: what is trained in place of the policy's own weights, or None.
     """
 
     config: TrainRlConfig
@@ -80,6 +83,7 @@ class Plan:
     reward: RewardFunction
     total_steps: int
     inputs: dict[str, Any]
+    adapters: Adapters | None
 
     def describe(self) -> dict[str, Any]:
         """What the run will do, in numbers."""
@@ -92,20 +96,32 @@ class Plan:
             "problems": len(self.problems.prompted),
             "responses_per_step": responses,
             "optimiser_steps": self.total_steps * minibatches * optimiser.epochs_per_batch,
+            "trained": self.trained_text(),
             "flow": self.flow_text(),
             "checkpoint_bytes": self.checkpoint_bytes(),
         }
 
     def checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: weights, moments, float32 weights if stored otherwise, flow."""
+        """About what a checkpoint takes: weights, moments, float32 weights if stored otherwise, adapters, flow."""
         stored = sum(file.stat().st_size for file in self.model.folder.glob("*.safetensors"))
-        itemsize = (getattr(self.model.config, "dtype", None) or torch.float32).itemsize
+        itemsize = stored_dtype_of(self.model.config).itemsize
         parameters = stored // itemsize
         flow = 0
         if self.header is not None:
             width, depth = self.header.width, self.header.depth
             flow = 12 * ((14 + 10 * depth) * width**2 + 4 * width * self.header.num_frequencies) // 2
-        return stored + parameters * (8 if itemsize == 4 else 12) + flow
+        if self.adapters is None:
+            return stored + parameters * (8 if itemsize == 4 else 12) + flow
+        merged = stored if self.config.lora.checkpoint is LoraCheckpoint.MERGED else 0
+        return merged + 16 * self.adapters.num_parameters + flow
+
+    def trained_text(self) -> str:
+        """What the optimiser steps."""
+        if self.adapters is None:
+            return "the whole policy"
+        adapters = self.adapters
+        layers = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in adapters.targets))
+        return f"adapters of rank {adapters.rank} on {layers}: {adapters.num_parameters:,} weights"
 
     def flow_text(self) -> str:
         """Which flow pays token rewards, and whether it learns."""
@@ -139,7 +155,7 @@ def run(config: TrainRlConfig) -> dict[str, Any] | None:
 
 def _run(config: TrainRlConfig, ranks: Ranks) -> dict[str, Any] | None:
     with grading_pool(config.grading) as pool:
-        plan = _plan(config, pool)
+        plan = _plan(config, pool, ranks)
         _check_ranks(config, ranks)
         if config.dry_run:
             RunFolder.check_for_writing(
@@ -171,7 +187,7 @@ def _run(config: TrainRlConfig, ranks: Ranks) -> dict[str, Any] | None:
             return _summary(plan, folder)
         if folder.resumed:
             console.log(f"resuming {config.out} after step {done}")
-        console.log(f"training for {plan.total_steps} steps; flow: {plan.flow_text()}")
+        console.log(f"training for {plan.total_steps} steps; {plan.trained_text()}; flow: {plan.flow_text()}")
         with during_work():
             try:
                 _train(plan, folder, pool, ranks)
@@ -198,10 +214,13 @@ def _check_ranks(config: TrainRlConfig, ranks: Ranks) -> None:
         )
 
 
-def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
+def _plan(config: TrainRlConfig, pool: GradingPool, ranks: Ranks) -> Plan:
     rules = load_rules(config.online.accept, "--accept")
     reward = load_reward(config.grading.reward)
     model = open_model(config.model, config)
+    adapters = None
+    if config.lora.rank > 0:
+        adapters = plan_adapters(config.lora, model.config, config.trust_remote_code)
     header = _flow_header(config, model)
     new_tokens = config.sampling.max_new_tokens
     problems = prompt_problems(config.problems, config.prompt, model, pool, new_tokens)
@@ -239,23 +258,79 @@ def _plan(config: TrainRlConfig, pool: GradingPool) -> Plan:
     total_steps = config.rollout.steps or math.ceil(
         config.rollout.episodes * len(problems.prompted) / config.rollout.prompts_per_step
     )
-    engine = _engine(config, model, [problems] if heldout is None else [problems, heldout])
+    engine = _engine(config, model, [problems] if heldout is None else [problems, heldout], ranks)
     if config.generation.engine is EngineName.AUTO:
         inputs["engine"] = str(engine.name)
-    return Plan(config, model, problems, heldout, header, expert, engine, rules, reward, total_steps, inputs)
+    return Plan(config, model, problems, heldout, header, expert, engine, rules, reward, total_steps, inputs, adapters)
 
 
-def _engine(config: TrainRlConfig, model: ModelInput, asked: Sequence[PromptedProblems]) -> EngineChoice:
-    """The generation engine, which on a GPU shares it with the trainer and sleeps while that works."""
+def _engine(config: TrainRlConfig, model: ModelInput, asked: Sequence[PromptedProblems], ranks: Ranks) -> EngineChoice:
+    """The generation engine: on a GPU of its own, or on the trainer's, where it sleeps while that works."""
     on_gpu = model.placement.device.type == "cuda"
-    return choose_engine(
+    devices = engine_devices(config, model.placement.device, ranks.local_rank)
+    choice = choose_engine(
         config.generation,
         config.sampling,
         model,
         [entry.prompt_token_ids for problems in asked for entry in problems.prompted],
-        sleeps=on_gpu,
-        weight_transfer=WeightTransfer.IPC if on_gpu else WeightTransfer.FILE,
+        sleeps=on_gpu and not devices,
+        weight_transfer=(WeightTransfer.NCCL if devices else WeightTransfer.IPC) if on_gpu else WeightTransfer.FILE,
+        devices=devices,
     )
+    if config.separation.overlap:
+        check_overlap(config, choice, ranks)
+    return choice
+
+
+def engine_devices(config: TrainRlConfig, device: torch.device, local_rank: int) -> tuple[int, ...]:
+    """The GPUs of this process's vLLM; none where it shares the trainer's.
+
+    Args:
+        device: of the trainer.
+        local_rank: its place on its machine.
+
+    Raises:
+        ConfigError: no GPUs at all, too few, or the trainer's own.
+    """
+    given = config.separation.engine_device
+    if not given:
+        return ()
+    listed = " ".join(f"--engine-device {index}" for index in given)
+    if device.type != "cuda":
+        raise ConfigError(
+            f"{listed}: the trainer's --device is {device}, where vLLM is apart from it already", hint="leave it out"
+        )
+    own = device.index or 0
+    if own in given:
+        raise ConfigError(
+            f"{listed}: GPU {own} is the trainer's",
+            hint="training processes take the first GPUs of a machine; give vLLM those after them",
+        )
+    size = config.generation.tensor_parallel_size * config.generation.data_parallel_size
+    mine = given[local_rank * size : (local_rank + 1) * size]
+    if len(mine) < size:
+        raise ConfigError(
+            f"{listed}: process {local_rank + 1} of this machine has none left; each one's vLLM takes {size}",
+            hint="give more GPUs, start fewer processes, or lower --tensor-parallel-size and --data-parallel-size",
+        )
+    return mine
+
+
+def check_overlap(config: TrainRlConfig, choice: EngineChoice, ranks: Ranks) -> None:
+    """Refuse an overlap that cannot be.
+
+    Raises:
+        ConfigError: the engine is the trainer's own model, or sleeps on its GPU, or processes would have to agree on
+            rounds of dynamic sampling while they train.
+    """
+    if choice.name is EngineName.HF:
+        raise ConfigError("--overlap: --engine auto chose hf, where the trainer's own model draws")
+    if choice.model.placement.device.type == "cuda" and not config.separation.engine_device:
+        raise ConfigError(
+            "--overlap needs GPUs on which vLLM can draw while the trainer works", hint="give it one by --engine-device"
+        )
+    if config.rollout.dynamic_sampling and not ranks.alone:
+        raise ConfigError("--overlap and --dynamic-sampling exclude each other where several processes train")
 
 
 def _warn_of_unused(config: TrainRlConfig) -> None:

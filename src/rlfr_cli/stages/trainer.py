@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -18,18 +17,19 @@ import torch
 
 from rlfr_cli import console
 from rlfr_cli.artifacts.files import canonical_json, read_json, write_atomically
+from rlfr_cli.artifacts.fingerprint import model_fingerprint
 from rlfr_cli.artifacts.rollouts import RolloutRow
 from rlfr_cli.artifacts.run_folder import RunFolder
 from rlfr_cli.engines.generation import Sampling
 from rlfr_cli.engines.ranks import ALONE, Ranks
 from rlfr_cli.engines.training_engines import open_training_engine
-from rlfr_cli.flow.noise import Key
+from rlfr_cli.flow.noise import keyed_seed
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import is_accepted
 from rlfr_cli.grading.statistics import mean_with_interval
-from rlfr_cli.ordering import shuffled_range
+from rlfr_cli.policy.adapters import add_adapters
 from rlfr_cli.policy.forward import forward_batches
-from rlfr_cli.policy.loading import Policy, disable_dropout, load_policy, resolve_model_folder
+from rlfr_cli.policy.loading import Policy, disable_dropout, load_policy, resolve_model_folder, stored_dtype_of
 from rlfr_cli.rl.choices import Correction, UniformGroups
 from rlfr_cli.rl.correction import CorrectionOptions
 from rlfr_cli.rl.measuring import Measurement, measure, sequences_of
@@ -41,11 +41,12 @@ from rlfr_cli.rl.metrics import (
     rollout_metrics,
 )
 from rlfr_cli.rl.rollouts import Responder
-from rlfr_cli.rl.rounds import draw_until_varied
 from rlfr_cli.rl.schedule import learning_rate_at
 from rlfr_cli.rl.training_batch import BuiltBatch, WholeBatch, build_training_batch, gather_batch
 from rlfr_cli.rl.updating import TrainingBatch, UpdateCounts, update_policy
+from rlfr_cli.stages.adapter_checkpoints import BASE, write_adapters
 from rlfr_cli.stages.common import sampling_of
+from rlfr_cli.stages.drawing import Drawing, Drawn
 from rlfr_cli.stages.generating import EngineOfRun
 from rlfr_cli.stages.online_flow import OnlineFlow, coefficient_at
 from rlfr_cli.stages.rules import facts_of
@@ -104,29 +105,39 @@ class Trainer:
     ) -> None:
         self.plan, self.config, self.folder, self.ranks = plan, plan.config, folder, ranks
         self.placement = plan.model.placement
-        model_folder = plan.model.folder if checkpoint is None else checkpoint / "model"
-        self.policy = load_policy(model_folder, self.placement, weights_dtype=torch.float32)
+        self.policy = self._load_policy(checkpoint)
         disable_dropout(self.policy.model)
         self.engine = open_training_engine(
             self.policy,
             ranks,
             self.config.training,
             self.config.optimiser,
-            stored_dtype=getattr(plan.model.config, "dtype", None) or torch.float32,
+            stored_dtype=stored_dtype_of(plan.model.config),
         )
         self.reference = self._reference_policy()
         self.generator = EngineOfRun(
-            plan.engine.open(self.policy),
+            plan.engine.open(self.policy, plan.engine.meeting()),
             self.engine,
             self.config.correction,
             [entry.prompt_token_ids for entry in plan.problems.prompted],
             stale=checkpoint is not None,
         )
         self.responder = Responder(self.generator.engine, pool, plan.reward)
-        self.counts, self.problems_drawn = UpdateCounts(), 0
+        self.drawing = Drawing(plan, self.responder, self.generator, ranks)
+        self.counts = UpdateCounts()
         self.online = None if plan.header is None else OnlineFlow(plan, self.policy, checkpoint, ranks)
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    def _load_policy(self, checkpoint: Path | None) -> Policy:
+        """The policy with the weights that are trained in float32; adapters are put into the base model anew."""
+        adapters, base = self.plan.adapters, self.plan.model.folder
+        if adapters is None:
+            folder = base if checkpoint is None else checkpoint / "model"
+            return load_policy(folder, self.placement, weights_dtype=torch.float32)
+        policy = load_policy(base, self.placement)
+        add_adapters(policy, adapters, keyed_seed(self.config.seed, "adapters"))
+        return policy
 
     def _reference_policy(self) -> Policy | None:
         name = self.config.policy_loss.reference_model
@@ -141,8 +152,8 @@ class Trainer:
     def step(self, step: int) -> StepResult:
         """One rollout batch: draw, measure, train the policy, train the flow."""
         started = time.perf_counter()
-        with self.generator.ready():
-            rows, rounds = self._draw(step)
+        batch = self.drawing.batch(step)
+        rows = batch.rows
         drawn = time.perf_counter()
         weights = self._reference_weights(rows)
         coefficient = coefficient_at(self.config, step, self.plan.total_steps)
@@ -154,8 +165,9 @@ class Trainer:
         built = self._build(rows, measured)
         scored = time.perf_counter()
         whole = gather_batch(self.ranks, rows, measured, built)
-        measures = self._metrics_of_batch(whole, rounds, coefficient)
-        self.generator.check_gap(self.ranks.broadcast(measures.get("engine/kl_to_trainer") or 0.0))
+        measures = self._metrics_of_batch(whole, batch, coefficient)
+        if batch.age == 0:  # of an older one the gap is the policy's own step as well
+            self.generator.check_gap(self.ranks.broadcast(measures.get("engine/kl_to_trainer") or 0.0))
         self.generator.changed(built.batch.sequences)
         policy_metrics = self._update_policy(step, built.batch)
         updated = time.perf_counter()
@@ -179,7 +191,7 @@ class Trainer:
         self._annotate(whole)
         return StepResult(metrics, whole.rows)
 
-    def _metrics_of_batch(self, whole: WholeBatch | None, rounds: int, coefficient: float) -> Metrics:
+    def _metrics_of_batch(self, whole: WholeBatch | None, batch: Drawn, coefficient: float) -> Metrics:
         """What is known of the rollout batch of all ranks before training on it; nothing but at rank 0."""
         if whole is None:
             return {}
@@ -188,7 +200,8 @@ class Trainer:
         return {
             **rollout_metrics(rows, self.config.rollout.group_size),
             "rollout/responses": len(rows),
-            "rollout/sampling_rounds": rounds,
+            "rollout/sampling_rounds": batch.rounds,
+            **({"rollout/policy_age": batch.age} if self.config.separation.overlap else {}),
             "rollout/trained_fraction": whole.in_loss / len(rows),
             **measurement_metrics(rows, measured, self._clip(), correction),
             **advantage_metrics(whole.advantages),
@@ -197,49 +210,6 @@ class Trainer:
             **({"flow/coef": coefficient} if measured.scores else {}),
             **({"flow/num_draws": self.online.num_draws} if self.online is not None and self.online.num_draws else {}),
         }
-
-    def _draw(self, step: int) -> tuple[list[RolloutRow], int]:
-        """The rollout batch, and the rounds it took."""
-        rollout = self.config.rollout
-        seen: Counter[int] = Counter()
-
-        def draw(count: int, round_number: int) -> list[RolloutRow]:
-            prompted = self.plan.problems.prompted
-            start = self.problems_drawn
-            chosen = shuffled_range(len(prompted), start, start + count, self.config.seed, "problem order")
-            self.problems_drawn += count
-            # A problem that comes again within a step draws further samples, under further names.
-            first = []
-            for index in chosen:
-                first.append(seen[index] * rollout.group_size)
-                seen[index] += 1
-            mine = self._share(count)
-            return self.responder.respond(
-                [prompted[index] for index in chosen[mine]],
-                rollout.group_size,
-                sampling_of(self.config.sampling),
-                key=(self.config.seed, "rollouts", step, *([round_number] if round_number else []), *self._rank_key()),
-                first_samples=first[mine],
-            )
-
-        if not rollout.dynamic_sampling:
-            return draw(rollout.prompts_per_step, 0), 1
-        return draw_until_varied(
-            draw,
-            wanted=rollout.prompts_per_step,
-            group_size=rollout.group_size,
-            max_rounds=rollout.max_sampling_rounds,
-            total=lambda count: int(self.ranks.sum(torch.tensor(count))),
-        )
-
-    def _share(self, count: int) -> slice:
-        """This rank's of so many items in order; shares differ by one at most."""
-        ranks = self.ranks
-        return slice(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
-
-    def _rank_key(self) -> tuple[Key, ...]:
-        """Keeps ranks apart in the hf engine, which has one generator a call; vLLM has one a response."""
-        return () if self.ranks.alone or not self.generator.shares_weights else ("rank", self.ranks.rank)
 
     def _reference_weights(self, rows: list[RolloutRow]) -> list[float]:
         """Weight of each response in the online update, 0 for one that is left out."""
@@ -343,12 +313,13 @@ class Trainer:
         assert self.plan.heldout is not None
         started = time.perf_counter()
         evaluation, sampling = self.config.evaluation, sampling_of(self.config.sampling)
+        self.drawing.wait()
         with self.generator.ready():
             rows = self.responder.respond(
-                self.plan.heldout.prompted[self._share(len(self.plan.heldout.prompted))],
+                self.plan.heldout.prompted[self.drawing.share(len(self.plan.heldout.prompted))],
                 evaluation.eval_samples,
                 Sampling(**{**asdict(sampling), "temperature": evaluation.eval_temperature}),
-                key=(self.config.seed, "evaluation", step, *self._rank_key()),
+                key=(self.config.seed, "evaluation", step, *self.drawing.rank_key()),
             )
         parts = self.ranks.gather(rows)
         if parts is None:
@@ -367,21 +338,24 @@ class Trainer:
         }
 
     def save(self, step: int) -> None:
-        """Write a checkpoint: a plain model folder, the flow, and what a resumed run needs."""
+        """Write a checkpoint: a plain model folder, or adapters; the flow, and what a resumed run needs."""
         buffers = None if self.online is None else self.ranks.gather(self.online.buffer)
         if not self.ranks.is_first:
             # Weights are gathered together, and rank 0 alone writes them.
             self.engine.save(self.folder.path / "model", self.folder.path / "trainer")
             self.ranks.barrier()
             return
-        with self.folder.checkpoint(step, keep=self.config.run.keep_checkpoints) as folder:
+        adapted = self.plan.adapters is not None
+        extra = {BASE: self.plan.model.fingerprint.to_dict()} if adapted else {}
+        with self.folder.checkpoint(step, keep=self.config.run.keep_checkpoints, extra=extra) as folder:
             self.engine.save(folder / "model", folder / "trainer")
+            policy = write_adapters(folder, self.plan) if adapted else None
             if self.online is not None:
-                self.online.save(folder, step, buffers or [])
+                self.online.save(folder, step, policy or model_fingerprint(folder / "model"), buffers or [])
             state = {
                 "step": step,
                 "counts": asdict(self.counts),
-                "problems_drawn": self.problems_drawn,
+                "problems_drawn": self.drawing.problems_drawn,
                 "flow": None if self.online is None else self.online.state(),
             }
             write_atomically(folder / "trainer" / STATE, canonical_json(state))
@@ -391,13 +365,13 @@ class Trainer:
         self.engine.load(checkpoint / "trainer")
         state = read_json(checkpoint / "trainer" / STATE)
         self.counts = UpdateCounts(**state["counts"])
-        self.problems_drawn = state["problems_drawn"]
+        self.drawing.problems_drawn = state["problems_drawn"]
         if self.online is not None:
             self.online.restore(checkpoint, state["flow"])
 
     def close(self) -> None:
         """Give back engines and graders."""
-        self.responder.close()
+        self.drawing.close()
 
     def __enter__(self) -> Self:
         return self
