@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from pathlib import Path
@@ -16,6 +17,7 @@ from rlfr_cli.cli import app
 from rlfr_cli.config.commands import COMMANDS
 from rlfr_cli.config.common import ProblemsConfig
 from rlfr_cli.config.engine import EngineConfig, EngineName
+from rlfr_cli.config.extract_latents import ExtractLatentsConfig, ReadingConfig
 from rlfr_cli.config.fields import leaf_options
 from rlfr_cli.config.sample import SampleConfig
 from rlfr_cli.errors import ConfigError
@@ -83,6 +85,10 @@ def test_a_vllm_of_several_gpus_keeps_those_that_its_process_is_shown(gpus: Any)
     engine = EngineConfig(engine=EngineName.VLLM, tensor_parallel_size=2)
     shared = take_part(config(device="cuda", generation=engine), Rank("srun", 1, 2, 1))
     assert (shared.part, shared.device) == ("2/2", "cuda")
+    reading = ReadingConfig(engine=EngineName.VLLM, data_parallel_size=2)
+    given = ExtractLatentsConfig(model="m", rollouts=Path("r"), device="cuda", reading=reading)
+    assert take_part(given, Rank("srun", 1, 2, 1)).device == "cuda"
+    assert take_part(dataclasses.replace(given, reading=ReadingConfig()), Rank("srun", 1, 2, 1)).device == "cuda:1"
 
 
 def test_a_part_that_was_given_wins() -> None:

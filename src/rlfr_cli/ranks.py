@@ -68,7 +68,7 @@ def take_part(config: Config, rank: Rank) -> Config:
 
 
 def _spreads_over_gpus(config: Any) -> bool:
-    engine = getattr(config, "generation", None)
+    engine = getattr(config, "generation", None) or getattr(config, "reading", None)
     return engine is not None and engine.tensor_parallel_size * engine.data_parallel_size > 1
 
 
