@@ -83,6 +83,10 @@ class Stopped(RlfrError, InterruptedError):
     __str__ = RlfrError.__str__
 
 
+class StoppedAtOnce(Stopped):
+    """Ctrl-C twice: what was saved before stays, and processes that work with this one were not asked."""
+
+
 @contextmanager
 def during_work() -> Iterator[None]:
     """Give errors raised inside the exit code of a failure during work."""

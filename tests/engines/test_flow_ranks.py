@@ -10,7 +10,6 @@ from rlfr_cli.engines import flow_ranks
 from rlfr_cli.engines.flow_ranks import (
     accumulate_over_ranks,
     check_same_flow,
-    share_of,
     sum_gradients,
     take_weights_of_first,
 )
@@ -24,7 +23,7 @@ LATENTS = [torch.randn(3 + n, 2, HIDDEN, generator=torch.Generator().manual_seed
 
 @pytest.mark.parametrize(("count", "world_size"), [(7, 2), (7, 4), (2, 4), (0, 3), (8, 1)])
 def test_shares_keep_the_order_and_differ_by_one_at_most(count: int, world_size: int) -> None:
-    shares = on_threads(world_size, lambda ranks: share_of(range(count), ranks))
+    shares = on_threads(world_size, lambda ranks: ranks.share(range(count)))
     assert [item for share in shares for item in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -36,7 +35,7 @@ def test_loss_and_gradients_of_a_batch_are_those_of_one_process(world_size: int)
     flows = [tiny_flow() for _ in range(world_size + 1)]
 
     def accumulate(ranks: Ranks) -> tuple[list[float], list[torch.Tensor]]:
-        flow, mine = flows.pop(), share_of(LATENTS, ranks)
+        flow, mine = flows.pop(), ranks.share(LATENTS)
         pairs = flow.pair(mine) if mine else None
         result = accumulate_over_ranks(flow.network, pairs, keyed_generator("cpu", 1), ranks, noise_repeats=2)
         gradients = [parameter.grad for parameter in flow.network.parameters() if parameter.grad is not None]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,6 +105,8 @@ def test_auto_that_becomes_hf_says_which_options_it_leaves_unused(
 ) -> None:
     choose_engine(EngineConfig(engine="auto", max_num_seqs=4), SamplingConfig(), model, PROMPTS)
     assert "does not use --max-num-seqs 4" in capsys.readouterr().err
+    choose_engine(EngineConfig(engine="auto"), SamplingConfig(), model, PROMPTS, devices=(1, 2))
+    assert "does not use --engine-device 1, --engine-device 2" in capsys.readouterr().err
 
 
 def test_work_that_was_begun_with_another_engine_is_said(model: Model, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,19 +201,12 @@ def test_one_named_gpu_is_used_and_is_too_few_for_several(model: Model, argument
         choose_engine(EngineConfig(engine="vllm", tensor_parallel_size=2), SamplingConfig(), second, PROMPTS)
 
 
-def test_gpus_of_its_own_reach_vllm_and_ask_for_a_meeting(model: Model, arguments: dict[str, Any]) -> None:
+def test_gpus_of_its_own_reach_vllm(model: Model, arguments: dict[str, Any]) -> None:
     second = on(model, Placement(torch.device("cuda:1"), torch.bfloat16))
     config = EngineConfig(engine="vllm", tensor_parallel_size=2)
-    choice = choose_engine(
-        config, SamplingConfig(), second, PROMPTS, weight_transfer=WeightTransfer.NCCL, devices=(5, 6)
-    )
+    choose_engine(config, SamplingConfig(), second, PROMPTS, weight_transfer=WeightTransfer.NCCL, devices=(5, 6))
     assert arguments["device_ids"] == [5, 6]
     assert "enable_sleep_mode" not in arguments
-    meeting = choice.meeting()
-    assert meeting is not None
-    with socket.socket() as port:
-        port.bind((meeting.address, meeting.port))  # free, and of this machine
-    assert choose_engine(EngineConfig(engine="vllm"), SamplingConfig(), second, PROMPTS).meeting() is None
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,12 @@ with open_ranks(torch.device("cpu")) as ranks:
 LEAVING = (
     COLLECTIVES
     + """
-time.sleep(rank)  # each leaves in order, and the others stay for a while
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = ranks.sum(given)
+    torch.optim.AdamW([weight]).step()
+    time.sleep(rank)  # each leaves in order, and the others stay for a while
+threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+assert not [name for name in threads if "gloo" in name], threads
 """
 )
 WAITING = """
@@ -67,6 +72,18 @@ try:
         time.sleep(7 * ranks.rank)  # longer than the grace
         raise Stopped("asked to")
 except Stopped as stopped:
+    raise SystemExit(stopped.exit_code)
+"""
+STOPPED_AT_ONCE = """
+import time, torch
+from rlfr_cli.engines.ranks import open_ranks
+from rlfr_cli.errors import StoppedAtOnce
+try:
+    with open_ranks(torch.device("cpu")) as ranks:
+        if ranks.rank == 1:
+            raise StoppedAtOnce("Ctrl-C twice, here alone")
+        time.sleep(300)
+except StoppedAtOnce as stopped:
     raise SystemExit(stopped.exit_code)
 """
 SAME_ERROR = """
@@ -156,6 +173,14 @@ def test_an_error_of_all_processes_keeps_its_exit_code(started: list[subprocess.
 def test_processes_that_stop_may_take_their_time(started: list[subprocess.Popen[str]]) -> None:
     started += start(STOPPED, 2)
     assert [code for code, _ in ends(started, 60)] == [130, 130]
+
+
+@pytest.mark.slow
+def test_a_process_that_stops_at_once_ends_the_others(started: list[subprocess.Popen[str]]) -> None:
+    started += start(STOPPED_AT_ONCE, 2)
+    (first, message), (second, _) = ends(started, 60)
+    assert (first, second) == (1, 130)
+    assert "rank 1 of 2 has ended" in message
 
 
 def test_one_process_gets_back_what_it_puts_in() -> None:

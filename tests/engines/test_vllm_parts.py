@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,8 +22,9 @@ import torch
 from rlfr_cli.config.engine import WeightTransfer
 from rlfr_cli.engines import vllm_weights
 from rlfr_cli.engines.vllm_process import LoopThread, all_of, interruptible
-from rlfr_cli.engines.vllm_weights import FileRoute, TransferRoute, open_route, write_files
+from rlfr_cli.engines.vllm_weights import FileRoute, TransferRoute, free_port, open_route, write_files
 from rlfr_cli.engines.vllm_worker import WorkerExtension, read_tensors
+from rlfr_cli.errors import WorkError
 
 TIED = torch.arange(6.0).reshape(2, 3)
 WEIGHTS = [("embed", TIED), ("norm", torch.ones(3) / 3), ("head", TIED), ("column", TIED.t())]
@@ -62,13 +67,66 @@ def test_the_files_are_there_while_they_are_read_and_gone_afterwards(
 
 def test_each_transfer_has_its_route() -> None:
     def route(transfer: WeightTransfer) -> object:
-        return open_route(transfer, lambda *_: None, torch.float32, 2, None)
+        return open_route(transfer, lambda *_: None, torch.float32, 2, torch.device("cuda:1"))
 
     assert isinstance(route(WeightTransfer.FILE), FileRoute)
     for transfer in (WeightTransfer.IPC, WeightTransfer.NCCL):
         opened = route(transfer)
         assert isinstance(opened, TransferRoute)
         assert opened.transfer is transfer
+
+
+@pytest.mark.parametrize("transfer", [WeightTransfer.IPC, WeightTransfer.NCCL])
+def test_vllms_senders_work_on_the_trainers_device(transfer: WeightTransfer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take the current one, which stays the first GPU with --device cuda:1; here `meta` stands for that."""
+    current: list[str] = ["cuda:0"]
+    sent: list[tuple[str, str, torch.dtype, str]] = []
+
+    @contextmanager
+    def become_current(device: torch.device) -> Iterator[None]:
+        current.append(str(device))
+        yield
+        current.pop()
+
+    def trainer_init(info: Any, client: Any, source: Any) -> Any:
+        shaken.append((current[-1], info))
+
+        def send_weights() -> None:  # as vLLM's: names, dtypes and shapes of all first
+            told = [(meta.name, meta.dtype, meta.shape) for meta in source.metadata()]
+            assert told == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+            sent.extend((name, str(tensor.device), tensor.dtype, current[-1]) for name, tensor in source)
+
+        return SimpleNamespace(send_weights=send_weights)
+
+    shaken: list[tuple[str, Any]] = []
+    monkeypatch.setattr(torch.cuda, "device", become_current)
+    for name, members in {
+        "vllm": {},
+        "vllm.distributed": {},
+        "vllm.distributed.weight_transfer": {
+            "WeightTransferTrainerFactory": SimpleNamespace(trainer_init=trainer_init),
+            "ParamMeta": lambda name, dtype, shape: SimpleNamespace(name=name, dtype=dtype, shape=shape),
+            "WeightSource": object,
+        },
+        "vllm.distributed.weight_transfer.ipc_engine": {"IPCTrainerInitInfo": SimpleNamespace},
+        "vllm.distributed.weight_transfer.nccl_engine": {"NCCLTrainerInitInfo": SimpleNamespace},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    route = open_route(transfer, lambda *_: None, torch.bfloat16, 2, torch.device("meta"))
+    route.send(iter(WEIGHTS))
+    route.send(iter(WEIGHTS[:1]))
+    assert sent == [(name, "meta", torch.bfloat16, "meta") for name, _ in [*WEIGHTS, WEIGHTS[0]]]
+    ((device, info),) = shaken
+    assert (device, info.rank) == ("meta", 0)
+    if transfer is WeightTransfer.NCCL:
+        assert (info.master_address, info.world_size) == ("127.0.0.1", 3)
+
+
+def test_a_free_port_is_one_that_can_be_listened_at() -> None:
+    with socket.create_server(("127.0.0.1", free_port())):
+        pass
 
 
 def worker(load: Callable[[dict[str, torch.Tensor]], set[str] | None], quantization: str | None = None) -> Any:
@@ -205,6 +263,35 @@ def test_results_come_in_order_and_the_first_failure_ends_the_others() -> None:
         loop.run(all_of([wait(60, "long"), fail()]))
     assert cancelled == ["long"]
     loop.close()
+
+
+def test_work_that_comes_while_an_engine_ends_is_refused_and_does_not_wait_for_ever() -> None:
+    """As of a thread that draws ahead, and grades or makes its requests when the run fails."""
+    loop = LoopThread()
+    told: list[BaseException] = []
+    ending = threading.Event()
+
+    def work(start: threading.Event) -> None:
+        start.wait(5)
+        try:
+            loop.run(asyncio.sleep(60))
+        except BaseException as error:
+            told.append(error)
+
+    running = threading.Thread(target=work, args=[go := threading.Event()], daemon=True)
+    late = threading.Thread(target=work, args=[ending], daemon=True)
+    for thread in (running, late):
+        thread.start()
+    go.set()
+    time.sleep(0.05)
+    loop.end_tasks()
+    running.join(5)
+    ending.set()
+    late.join(5)
+    loop.close()
+    assert not running.is_alive()
+    assert not late.is_alive()
+    assert [type(error) for error in told] == [CancelledError, WorkError]
 
 
 def test_ctrl_c_cancels_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[CopyingEngine]:
     """Engines that runs open from now on."""
     opened: list[CopyingEngine] = []
 
-    def open_copy(choice: EngineChoice, policy: Policy | None = None, meeting: object = None) -> CopyingEngine:
+    def open_copy(choice: EngineChoice, policy: Policy | None = None) -> CopyingEngine:
         placement = choice.model.placement
         opened.append(CopyingEngine(load_policy(choice.model.folder, placement, weights_dtype=torch.float32)))
         return opened[-1]

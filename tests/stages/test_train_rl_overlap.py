@@ -180,17 +180,22 @@ def test_several_processes_cannot_agree_on_rounds_while_they_train(tiny: TinyArt
 
 
 def test_engine_devices_go_to_the_processes_of_a_machine_in_order(tiny: TinyArtifacts, tmp_path: Path) -> None:
-    def devices(local_rank: int, device: str = "cuda:0", **sizes: int) -> tuple[int, ...]:
+    def devices(local_rank: int, device: str = "cuda:0", processes: int = 4, **sizes: int) -> tuple[int, ...]:
         config = overlap_config(
             tiny,
             tmp_path,
             generation=EngineConfig(engine="vllm", **sizes),
             separation=SeparationConfig(engine_device=(4, 5, 6, 7)),
         )
-        return train_rl.engine_devices(config, torch.device(device), local_rank)
+        return train_rl.engine_devices(config, torch.device(device), local_rank, processes)
 
     assert [devices(rank) for rank in range(4)] == [(4,), (5,), (6,), (7,)]
-    assert [devices(rank, tensor_parallel_size=2) for rank in range(2)] == [(4, 5), (6, 7)]
+    assert [devices(rank, processes=2, tensor_parallel_size=2) for rank in range(2)] == [(4, 5), (6, 7)]
+    assert devices(0, processes=1, data_parallel_size=4) == (4, 5, 6, 7)
+    with pytest.raises(ConfigError, match=r"GPU 6, 7 would do nothing; 2 training processes .* vLLM on 1, take 2"):
+        devices(0, processes=2)
+    with pytest.raises(ConfigError, match=r"GPU 6, 7 would do nothing; 1 training process .* on 2, take 2"):
+        devices(0, processes=1, tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="process 3 of this machine has none left; each one's vLLM takes 2"):
         devices(2, tensor_parallel_size=2)
     with pytest.raises(ConfigError, match="GPU 5 is the trainer's"):

@@ -10,9 +10,9 @@ number of processes changes nothing but the order of sums.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,15 +25,7 @@ from rlfr_cli.flow.matching import MatchingResult, TokenShare, accumulate_matchi
 from rlfr_cli.flow.pairing import PairedLatents
 from rlfr_cli.flow.velocity import VelocityNetwork
 
-Item = TypeVar("Item")
-
 BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB
-
-
-def share_of(items: Sequence[Item], ranks: Ranks) -> Sequence[Item]:
-    """This rank's of some items, in order; shares differ by one at most, and may be empty."""
-    begin, end = (len(items) * place // ranks.world_size for place in (ranks.rank, ranks.rank + 1))
-    return items[begin:end]
 
 
 def accumulate_over_ranks(

@@ -24,7 +24,6 @@ from rlfr_cli.engines.vllm_arguments import (
     vllm_arguments,
     vllm_installed,
 )
-from rlfr_cli.engines.vllm_weights import NcclMeeting
 from rlfr_cli.errors import ConfigError
 from rlfr_cli.policy.loading import Placement, Policy, end_token_ids, load_policy
 
@@ -66,16 +65,11 @@ class EngineChoice:
     setup: VllmSetup | None = None
     weight_transfer: WeightTransfer = WeightTransfer.FILE
 
-    def meeting(self) -> NcclMeeting | None:
-        """Where a trainer and this engine, on GPUs of one machine, can meet for NCCL; None where they need not."""
-        return NcclMeeting.here() if self.weight_transfer is WeightTransfer.NCCL else None
-
-    def open(self, policy: Policy | None = None, meeting: NcclMeeting | None = None) -> GenerationEngine:
+    def open(self, policy: Policy | None = None) -> GenerationEngine:
         """Load the model and start the engine.
 
         Args:
             policy: a policy that the hf engine shares; it loads one of its own by default.
-            meeting: where trainer and vLLM meet, for NCCL.
         """
         if self.setup is None:
             return HfEngine(policy or load_policy(self.model.folder, self.model.placement), self.tokens_per_batch)
@@ -85,7 +79,7 @@ class EngineChoice:
             end_token_ids_of(self.model),
             self.model.context_length,
             weight_transfer=self.weight_transfer,
-            meeting=meeting,
+            trainer_device=self.model.placement.device,
         )
 
     def warn_of_other(self, recorded: str | None) -> None:
@@ -118,7 +112,7 @@ def choose_engine(
     """
     name = resolve_engine(config.engine, model.placement)
     if name is EngineName.HF:
-        if unused := config.vllm_options():
+        if unused := [*config.vllm_options(), *(f"--engine-device {index}" for index in devices)]:
             console.warn(f"--engine auto is hf here, which does not use {', '.join(unused)}")
         return EngineChoice(name, model, sampling.tokens_per_batch)
     if model.placement.attn_implementation is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from rlfr_cli.engines.peers import PeerWatch
-from rlfr_cli.errors import ConfigError, Stopped
+from rlfr_cli.errors import ConfigError, Stopped, StoppedAtOnce
 from rlfr_cli.ranks import rank_of
 
 Value = TypeVar("Value")
@@ -51,6 +51,11 @@ class Ranks:
     @property
     def alone(self) -> bool:
         return self.world_size == 1
+
+    def share(self, items: Sequence[Value]) -> Sequence[Value]:
+        """This rank's of some items, in order; shares differ by one at most, and may be empty."""
+        begin, end = (len(items) * place // self.world_size for place in (self.rank, self.rank + 1))
+        return items[begin:end]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, as a new tensor."""
@@ -112,8 +117,8 @@ class Ranks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # After an error the others wait in collectives that this rank will not join: they are to end too. All ranks
-        # stop together.
-        if error is None or isinstance(error, Stopped):
+        # stop together, unless one stops at once.
+        if error is None or (isinstance(error, Stopped) and not isinstance(error, StoppedAtOnce)):
             self.close()
 
 
@@ -140,6 +145,10 @@ def open_ranks(
     host, port = meeting_place(environment)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # An optimiser's first step imports this module, whose default arguments would keep the group alive after its end,
+    # and threads of gloo that outlive Python's abort the process.
+    from torch.distributed.nn import functional  # noqa: F401
+
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         init_method=f"tcp://{host}:{port}",

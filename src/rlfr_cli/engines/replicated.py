@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from rlfr_cli.engines.flow_ranks import sum_gradients
 from rlfr_cli.engines.ranks import Ranks
 from rlfr_cli.engines.single import SingleProcessEngine
 from rlfr_cli.engines.training import StepOutcome
 from rlfr_cli.policy.loading import Policy
-
-BUCKET_ELEMENTS = 2**26  # gradients summed at once: 256 MiB
 
 
 class ReplicatedEngine(SingleProcessEngine):
@@ -42,7 +40,7 @@ class ReplicatedEngine(SingleProcessEngine):
     def idle_backward(self, *, last: bool = True) -> None:
         """Keep up with the other ranks: with the last part, sum gradients over ranks."""
         if last:
-            self._sum_gradients()
+            sum_gradients(self.optimiser.parameters.values(), self.ranks)
 
     def step(self, learning_rate: float) -> StepOutcome:
         """Clip, step and forget the gradients; every rank skips a step that is not finite on any."""
@@ -54,21 +52,3 @@ class ReplicatedEngine(SingleProcessEngine):
         if self.ranks.is_first:
             super().save(model_folder, trainer_folder)
         self.ranks.barrier()
-
-    @torch.no_grad()
-    def _sum_gradients(self) -> None:
-        bucket: list[torch.Tensor] = []
-        for parameter in self.optimiser.parameters.values():
-            if parameter.grad is None:  # this rank was idle
-                parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter.grad)
-            if sum(gradient.numel() for gradient in bucket) >= BUCKET_ELEMENTS:
-                self._sum_bucket(bucket)
-                bucket = []
-        if bucket:
-            self._sum_bucket(bucket)
-
-    def _sum_bucket(self, bucket: list[torch.Tensor]) -> None:
-        totals = _unflatten_dense_tensors(self.ranks.sum(_flatten_dense_tensors(bucket)), bucket)
-        for gradient, total in zip(bucket, totals, strict=True):
-            gradient.copy_(total)

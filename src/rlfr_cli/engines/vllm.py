@@ -16,8 +16,8 @@ import torch
 from rlfr_cli.config.engine import WeightTransfer
 from rlfr_cli.engines.generation import Generation, GenerationRequest, Sampling
 from rlfr_cli.engines.vllm_arguments import VllmSetup, check_sampling
-from rlfr_cli.engines.vllm_process import LoopThread, all_of, cancel_others, start
-from rlfr_cli.engines.vllm_weights import NcclMeeting, WeightRoute, open_route
+from rlfr_cli.engines.vllm_process import LoopThread, all_of, start
+from rlfr_cli.engines.vllm_weights import WeightRoute, open_route
 from rlfr_cli.errors import ConfigError, WorkError
 from rlfr_cli.flow.noise import Key, keyed_seed
 from rlfr_cli.policy.forward import TokenSequence
@@ -39,7 +39,7 @@ class VllmEngine:
         end_token_ids: tokens that end a response.
         context_length: the model's, None where its config names none.
         weight_transfer: how ``load_weights`` reaches the engine.
-        meeting: where trainer and engine meet, for NCCL.
+        trainer_device: where those weights come from.
 
     Raises:
         WorkError: vLLM does not start.
@@ -55,7 +55,7 @@ class VllmEngine:
         context_length: int | None,
         *,
         weight_transfer: WeightTransfer = WeightTransfer.FILE,
-        meeting: NcclMeeting | None = None,
+        trainer_device: torch.device | None = None,
     ) -> None:
         config = setup.config
         self.tokenizer = tokenizer
@@ -70,7 +70,11 @@ class VllmEngine:
         self._records_unfiltered = False
         num_workers = config.parallel_config.world_size_across_dp
         self._route: WeightRoute = open_route(
-            weight_transfer, self._call_workers, config.model_config.dtype, num_workers, meeting
+            weight_transfer,
+            self._call_workers,
+            config.model_config.dtype,
+            num_workers,
+            trainer_device or torch.device("cpu"),
         )
 
     def generate(
@@ -139,7 +143,7 @@ class VllmEngine:
         """
         self._whole = False
         try:
-            self._route.send(list(weights))
+            self._route.send(weights)
         except Exception as error:  # workers hand on whatever their model's loader raises
             raise WorkError(f"vLLM did not take the weights: {error}") from error
         self._reset_prefix_cache()
@@ -163,7 +167,7 @@ class VllmEngine:
     def close(self) -> None:
         """End vLLM's processes."""
         if self._engine is not None:
-            self._loop.run(cancel_others())  # first: they would take an engine that ends for one that has died
+            self._loop.end_tasks()  # first: they would take an engine that ends for one that has died
             self._engine.shutdown(timeout=SECONDS_TO_END)
             self._engine = None
             self._loop.close()

@@ -23,7 +23,7 @@ from rlfr_cli import console
 from rlfr_cli.config.engine import EngineConfig, parse_engine_args
 from rlfr_cli.engines.opening import OpenedModel
 from rlfr_cli.engines.vllm_arguments import VllmSetup, check_arguments, vllm_arguments
-from rlfr_cli.engines.vllm_process import LoopThread, all_of, cancel_others, start
+from rlfr_cli.engines.vllm_process import LoopThread, all_of, start
 from rlfr_cli.engines.vllm_weights import SHARED_MEMORY
 from rlfr_cli.errors import ConfigError, WorkError
 from rlfr_cli.policy.forward import TokenSequence
@@ -178,7 +178,7 @@ class VllmLatents:
     def close(self) -> None:
         """End vLLM's processes and remove what lies in shared memory."""
         if self._engine is not None:
-            self._loop.run(cancel_others())  # first: they would take an engine that ends for one that has died
+            self._loop.end_tasks()  # first: they would take an engine that ends for one that has died
             self._engine.shutdown(timeout=SECONDS_TO_END)
             self._engine = None
             self._loop.close()

@@ -9,7 +9,7 @@ import asyncio
 import signal
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from threading import Thread, current_thread, main_thread
+from threading import Lock, Thread, current_thread, main_thread
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -69,7 +69,7 @@ async def all_of(tasks: Sequence[Coroutine[Any, Any, Result]]) -> list[Result]:
     return [task.result() for task in running]
 
 
-async def cancel_others() -> None:
+async def _cancel_others() -> None:
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -81,16 +81,32 @@ class LoopThread:
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._lock, self._ending = Lock(), False
         self._thread = Thread(target=self._loop.run_forever, name="rlfr-vllm", daemon=True)
         self._thread.start()
 
     def run(self, task: Coroutine[Any, Any, Result]) -> Result:
-        """The task's result; Ctrl-C cancels it."""
-        future = asyncio.run_coroutine_threadsafe(task, self._loop)
+        """The task's result; Ctrl-C cancels it.
+
+        Raises:
+            WorkError: tasks have been ended.
+        """
+        with self._lock:
+            if self._ending:
+                task.close()
+                raise WorkError("vLLM is ending, and takes no more work")
+            future = asyncio.run_coroutine_threadsafe(task, self._loop)
         try:
             return future.result()
         finally:
             future.cancel()  # nothing, where it is done
+
+    def end_tasks(self) -> None:
+        """Cancel what runs and take nothing more: a task of another thread would never end in a loop that has."""
+        with self._lock:
+            self._ending = True
+            ended = asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop)
+        ended.result()
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)

@@ -10,41 +10,20 @@ from __future__ import annotations
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 
 from rlfr_cli.config.engine import WeightTransfer
 
-Weights = Sequence[tuple[str, torch.Tensor]]
+Weights = Iterable[tuple[str, torch.Tensor]]
 Call = Callable[..., Any]
 
 SHARED_MEMORY = Path("/dev/shm")
 BYTES_PER_FILE = 1 << 30
 LOCALHOST = "127.0.0.1"
-
-
-@dataclass(frozen=True)
-class NcclMeeting:
-    """Where trainer and engines meet for NCCL.
-
-    Attributes:
-        address: of the trainer's machine, as the engines reach it.
-        port: a free one there.
-    """
-
-    address: str
-    port: int
-
-    @classmethod
-    def here(cls) -> Self:
-        """A free port of this machine, for engines on it."""
-        with socket.socket() as probe:
-            probe.bind((LOCALHOST, 0))
-            return cls(LOCALHOST, probe.getsockname()[1])
 
 
 class WeightRoute(Protocol):
@@ -56,7 +35,7 @@ class WeightRoute(Protocol):
 
 
 def open_route(
-    transfer: WeightTransfer, call: Call, dtype: torch.dtype, num_workers: int, meeting: NcclMeeting | None
+    transfer: WeightTransfer, call: Call, dtype: torch.dtype, num_workers: int, device: torch.device
 ) -> WeightRoute:
     """The route of that name.
 
@@ -64,11 +43,11 @@ def open_route(
         call: calls a method of every worker by name, with keyword arguments.
         dtype: what the engine computes in; weights travel in it.
         num_workers: GPUs of all the engine's copies.
-        meeting: for NCCL.
+        device: of the trainer.
     """
     if transfer is WeightTransfer.FILE:
         return FileRoute(call, dtype)
-    return TransferRoute(transfer, call, dtype, num_workers, meeting)
+    return TransferRoute(transfer, call, dtype, num_workers, device)
 
 
 class FileRoute:
@@ -85,9 +64,7 @@ class FileRoute:
             self.call("rlfr_load_weights", files=write_files(weights, Path(folder), self.dtype))
 
 
-def write_files(
-    weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype, bytes_per_file: int = BYTES_PER_FILE
-) -> list[str]:
+def write_files(weights: Weights, folder: Path, dtype: torch.dtype, bytes_per_file: int = BYTES_PER_FILE) -> list[str]:
     """Write tensors in ``dtype`` into safetensors files of about that size; returns their paths."""
     files: list[str] = []
     chunk: dict[str, torch.Tensor] = {}
@@ -112,26 +89,28 @@ def write_files(
 class TransferRoute:
     """vLLM's own transfer from one trainer process; run nowhere yet.
 
-    The handshake is made with the first weights, whose tensors must lie on a GPU.
+    The handshake is made with the first weights. vLLM's senders work on the current GPU, which is the first one unless
+    it is said: not always the trainer's.
     """
 
     def __init__(
-        self, transfer: WeightTransfer, call: Call, dtype: torch.dtype, num_workers: int, meeting: NcclMeeting | None
+        self, transfer: WeightTransfer, call: Call, dtype: torch.dtype, num_workers: int, device: torch.device
     ) -> None:
         self.transfer = transfer
         self.call = call
         self.dtype = dtype
         self.num_workers = num_workers
-        self.meeting = meeting
-        self._weights: Weights = ()
+        self.device = device
+        self._weights: Sequence[tuple[str, torch.Tensor]] = ()
         self._sender: Any = None
 
     def send(self, weights: Weights) -> None:
-        """See ``WeightRoute``."""
-        self._weights = weights
-        if self._sender is None:
-            self._sender = self._shake_hands()
-        self._sender.send_weights()
+        """See ``WeightRoute``; vLLM wants all names and shapes first, so all weights are held for that time."""
+        self._weights = list(weights)
+        with torch.cuda.device(self.device):
+            if self._sender is None:
+                self._sender = self._shake_hands()
+            self._sender.send_weights()
         self._weights = ()
 
     def _shake_hands(self) -> Any:
@@ -142,14 +121,20 @@ class TransferRoute:
         if self.transfer is WeightTransfer.IPC:
             info = IPCTrainerInitInfo(rank=0, packed=True)
         else:
-            assert self.meeting is not None, "NCCL needs a place to meet"
             info = NCCLTrainerInitInfo(
                 rank=0,
-                master_address=self.meeting.address,
-                master_port=self.meeting.port,
+                master_address=LOCALHOST,
+                master_port=free_port(),
                 world_size=1 + self.num_workers,
             )
         return WeightTransferTrainerFactory.trainer_init(info, client=_Client(self.call), source=_source(self))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at, for engines on it."""
+    with socket.socket() as probe:
+        probe.bind((LOCALHOST, 0))
+        return int(probe.getsockname()[1])
 
 
 class _Client:
@@ -181,6 +166,6 @@ def _source(route: TransferRoute) -> Any:
 
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             # Offloaded weights come from main memory.
-            return ((name, tensor.detach().to("cuda", route.dtype)) for name, tensor in route._weights)
+            return ((name, tensor.detach().to(route.device, route.dtype)) for name, tensor in route._weights)
 
     return Source()

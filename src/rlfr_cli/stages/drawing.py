@@ -91,11 +91,6 @@ class Drawing:
         self._thread.shutdown()
         self.responder.pool.close()
 
-    def share(self, count: int) -> slice:
-        """This rank's of so many items in order; shares differ by one at most."""
-        ranks = self.ranks
-        return slice(count * ranks.rank // ranks.world_size, count * (ranks.rank + 1) // ranks.world_size)
-
     def rank_key(self) -> tuple[Key, ...]:
         """Keeps ranks apart in the hf engine, which has one generator a call; vLLM has one a response."""
         return () if self.ranks.alone or not self.generator.shares_weights else ("rank", self.ranks.rank)
@@ -116,13 +111,12 @@ class Drawing:
             for index in chosen:
                 first.append(seen[index] * rollout.group_size)
                 seen[index] += 1
-            mine = self.share(count)
             return self.responder.respond(
-                [prompted[index] for index in chosen[mine]],
+                [prompted[index] for index in self.ranks.share(chosen)],
                 rollout.group_size,
                 sampling_of(self.config.sampling),
                 key=(self.config.seed, "rollouts", step, *([round_number] if round_number else []), *self.rank_key()),
-                first_samples=first[mine],
+                first_samples=self.ranks.share(first),
             )
 
         if not rollout.dynamic_sampling:

@@ -27,9 +27,9 @@ from rlfr_cli.config.fit_flow import FitFlowConfig
 from rlfr_cli.config.flow import Normalisation
 from rlfr_cli.config.schedules import Schedule
 from rlfr_cli.engines.adamw import NamedAdamW
-from rlfr_cli.engines.flow_ranks import accumulate_over_ranks, check_same_flow, share_of, take_weights_of_first
+from rlfr_cli.engines.flow_ranks import accumulate_over_ranks, check_same_flow, take_weights_of_first
 from rlfr_cli.engines.ranks import ALONE, Ranks
-from rlfr_cli.errors import Stopped, WorkError
+from rlfr_cli.errors import Stopped, StoppedAtOnce, WorkError
 from rlfr_cli.flow.flow import Flow
 from rlfr_cli.flow.matching import MatchingResult
 from rlfr_cli.flow.noise import Key, keyed_generator
@@ -107,7 +107,7 @@ class Fit:
                 self._train()
                 self._judge(gaussian)
         except KeyboardInterrupt:
-            raise Stopped(
+            raise (Stopped if self.stop.together else StoppedAtOnce)(
                 f"stopped; the state of the last evaluation is kept in {self.folder}",
                 hint="the same command continues from it",
             ) from None
@@ -131,7 +131,7 @@ class Fit:
             return LatentStatistics(stored["mean"], stored["std"]).to(self.flow.device)
         accumulator = StatisticsAccumulator(len(self.flow.tapped), self.header.latent_size, self.flow.device)
         chosen, at_once = self._statistics_sequences(), self.config.optimiser.sequences_per_step
-        mine = share_of(chosen, self.ranks)
+        mine = self.ranks.share(chosen)
         largest = -(-len(chosen) // self.ranks.world_size)  # of all ranks' shares: they stop side by side
         with console.progress("reading latents", total=len(mine), unit="sequences") as bar:
             for start in range(0, largest, at_once):
@@ -193,7 +193,7 @@ class Fit:
     def _accumulate(self, sequences: Sequence[int], *key: Key, **options: Any) -> MatchingResult:
         """Fitting loss of a batch that the ranks read in shares, and its gradients unless ``backward`` is False."""
         self.stop.check()
-        mine = share_of(sequences, self.ranks)
+        mine = self.ranks.share(sequences)
         return accumulate_over_ranks(
             self.flow.network,
             self._pair(mine) if mine else None,

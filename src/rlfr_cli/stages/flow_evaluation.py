@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from rlfr_cli.engines.flow_ranks import share_of
 from rlfr_cli.engines.ranks import ALONE, Ranks
 from rlfr_cli.flow.baselines import VelocityErrors
 from rlfr_cli.flow.deviation import NoiseSource, chunk_noise, keyed_noise, layer_errors
@@ -51,7 +50,7 @@ def evaluate_velocity(
     if flow.statistics is not None:
         units = LatentStatistics.identity(*gaussian.mean_JD.shape).to(flow.device)
     errors = VelocityErrors(units, len(flow.layers.indices), TIMESTEPS)
-    chosen = share_of(sequences[:MAX_SEQUENCES], ranks)
+    chosen = ranks.share(sequences[:MAX_SEQUENCES])
     for start in range(0, len(chosen), SEQUENCES_AT_ONCE):
         part = chosen[start : start + SEQUENCES_AT_ONCE]
         pairs = flow.pair([latents.to(flow.device) for latents in data.read_many(part)], data.info.num_prompt_tokens)

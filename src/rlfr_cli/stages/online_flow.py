@@ -248,10 +248,6 @@ class OnlineFlow:
         if (checkpoint / "trainer" / BUFFER).is_file():
             together = ReferenceBuffer(self.config.online.buffer_responses + self.ranks.world_size)
             together.load(load_file(checkpoint / "trainer" / BUFFER))
-            kept = list(together.kept)
-            begin, end = (
-                len(kept) * place // self.ranks.world_size for place in (self.ranks.rank, self.ranks.rank + 1)
-            )
-            self.buffer.kept.extend(kept[begin:end])
+            self.buffer.kept.extend(self.ranks.share(list(together.kept)))
         self.empty_references = state["empty_references"]
         self.num_draws, self.draw_agreement = state["num_draws"], state["draw_agreement"]

@@ -14,10 +14,14 @@ from rlfr_cli.engines.ranks import Ranks
 
 
 class StopTogether:
-    """Remembers the signal until all processes look; a second Ctrl-C stops at once. One process stops at once too."""
+    """Remembers the signal until all processes look; a second Ctrl-C stops at once. One process stops at once too.
+
+    Attributes:
+        together: all processes stop, or there is one alone.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self.requested = ranks, False
+        self.ranks, self.requested, self.together = ranks, False, ranks.alone
 
     def check(self) -> None:
         """To be called by all processes side by side.
@@ -26,6 +30,7 @@ class StopTogether:
             KeyboardInterrupt: in all of them, if one was told to stop.
         """
         if not self.ranks.alone and self.ranks.any(self.requested):
+            self.together = True
             raise KeyboardInterrupt
 
     def __enter__(self) -> Self:

@@ -34,7 +34,7 @@ from rlfr_cli.config.rl import OnlineConfig
 from rlfr_cli.config.train_rl import CoefficientConfig, TrainRlConfig
 from rlfr_cli.engines.opening import EngineChoice, choose_engine
 from rlfr_cli.engines.ranks import Ranks, open_ranks
-from rlfr_cli.errors import ConfigError, Stopped, during_work
+from rlfr_cli.errors import ConfigError, Stopped, StoppedAtOnce, during_work
 from rlfr_cli.flow.reference import ReferenceRules
 from rlfr_cli.grading.pool import GradingPool
 from rlfr_cli.grading.rewards import RewardFunction, load_reward
@@ -192,7 +192,7 @@ def _run(config: TrainRlConfig, ranks: Ranks) -> dict[str, Any] | None:
             try:
                 _train(plan, folder, pool, ranks)
             except KeyboardInterrupt:
-                raise Stopped(
+                raise StoppedAtOnce(
                     f"stopped at once; {config.out} keeps its last checkpoint, of step {folder.latest_step()}",
                     hint="the same command with --resume goes on",
                 ) from None
@@ -267,7 +267,10 @@ def _plan(config: TrainRlConfig, pool: GradingPool, ranks: Ranks) -> Plan:
 def _engine(config: TrainRlConfig, model: ModelInput, asked: Sequence[PromptedProblems], ranks: Ranks) -> EngineChoice:
     """The generation engine: on a GPU of its own, or on the trainer's, where it sleeps while that works."""
     on_gpu = model.placement.device.type == "cuda"
-    devices = engine_devices(config, model.placement.device, ranks.local_rank)
+    devices: tuple[int, ...] = ()
+    if config.separation.engine_device:
+        processes = int(ranks.max(ranks.local_rank)) + 1
+        devices = engine_devices(config, model.placement.device, ranks.local_rank, processes)
     choice = choose_engine(
         config.generation,
         config.sampling,
@@ -282,19 +285,18 @@ def _engine(config: TrainRlConfig, model: ModelInput, asked: Sequence[PromptedPr
     return choice
 
 
-def engine_devices(config: TrainRlConfig, device: torch.device, local_rank: int) -> tuple[int, ...]:
-    """The GPUs of this process's vLLM; none where it shares the trainer's.
+def engine_devices(config: TrainRlConfig, device: torch.device, local_rank: int, processes: int) -> tuple[int, ...]:
+    """The GPUs of this process's vLLM, out of those that --engine-device names.
 
     Args:
         device: of the trainer.
         local_rank: its place on its machine.
+        processes: of the machine that has the most of them.
 
     Raises:
-        ConfigError: no GPUs at all, too few, or the trainer's own.
+        ConfigError: no GPUs at all, too few, too many, or the trainer's own.
     """
     given = config.separation.engine_device
-    if not given:
-        return ()
     listed = " ".join(f"--engine-device {index}" for index in given)
     if device.type != "cuda":
         raise ConfigError(
@@ -312,6 +314,13 @@ def engine_devices(config: TrainRlConfig, device: torch.device, local_rank: int)
         raise ConfigError(
             f"{listed}: process {local_rank + 1} of this machine has none left; each one's vLLM takes {size}",
             hint="give more GPUs, start fewer processes, or lower --tensor-parallel-size and --data-parallel-size",
+        )
+    if unused := given[processes * size :]:
+        raise ConfigError(
+            f"{listed}: GPU {', '.join(map(str, unused))} would do nothing; {processes} training "
+            f"{'process' if processes == 1 else 'processes'} of a machine, each with a vLLM on {size}, take "
+            f"{processes * size}",
+            hint="leave it out, or raise --data-parallel-size or --tensor-parallel-size",
         )
     return mine
 

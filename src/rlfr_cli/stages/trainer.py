@@ -116,7 +116,7 @@ class Trainer:
         )
         self.reference = self._reference_policy()
         self.generator = EngineOfRun(
-            plan.engine.open(self.policy, plan.engine.meeting()),
+            plan.engine.open(self.policy),
             self.engine,
             self.config.correction,
             [entry.prompt_token_ids for entry in plan.problems.prompted],
@@ -316,7 +316,7 @@ class Trainer:
         self.drawing.wait()
         with self.generator.ready():
             rows = self.responder.respond(
-                self.plan.heldout.prompted[self.drawing.share(len(self.plan.heldout.prompted))],
+                self.ranks.share(self.plan.heldout.prompted),
                 evaluation.eval_samples,
                 Sampling(**{**asdict(sampling), "temperature": evaluation.eval_temperature}),
                 key=(self.config.seed, "evaluation", step, *self.drawing.rank_key()),
