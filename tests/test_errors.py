@@ -20,6 +20,7 @@ KINDS = {
     "MissingPackageError": (ImportError, 2),
     "WorkError": (RuntimeError, 1),
     "Stopped": (InterruptedError, 130),
+    "StoppedAtOnce": (InterruptedError, 130),
 }
 
 

@@ -58,7 +58,7 @@ def gap(model: Path, rows: list[RolloutRow]) -> float:
     sequences = [TokenSequence(tuple(row.prompt_token_ids), tuple(row.response_token_ids)) for row in rows]
     theirs_K, _ = response_logprobs(policy, sequences, 1.0)
     drawn_K = torch.tensor([value for row in rows for value in row.response_logprobs or ()])
-    return float((theirs_K - drawn_K).abs().max())
+    return float((theirs_K.detach() - drawn_K).abs().max())
 
 
 def test_a_batch_is_drawn_by_the_policy_of_one_step_earlier(
